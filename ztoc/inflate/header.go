@@ -1,0 +1,104 @@
+package inflate
+
+import (
+	"encoding/binary"
+	"hash/crc32"
+)
+
+// Flags of a gzip header (RFC 1952, section 2.3.1).
+const (
+	flagHeaderCRC = 1 << 1
+	flagExtra     = 1 << 2
+	flagName      = 1 << 3
+	flagComment   = 1 << 4
+	flagReserved  = 7 << 5
+)
+
+// peek is the next byte of input without taking it, false at the end of the file or when z.err is set.
+func (z *Reader) peek() (byte, bool) {
+	for z.d.pos == len(z.d.in) {
+		if z.eof || z.err != nil {
+			return 0, false
+		}
+		z.fill()
+	}
+	return z.d.in[z.d.pos], true
+}
+
+// next takes a byte of input, false where peek is.
+func (z *Reader) next() (byte, bool) {
+	c, ok := z.peek()
+	if ok {
+		z.d.pos++
+	}
+	return c, ok
+}
+
+// readMember reads a member's header from next, which is false at the end of the data, and says what
+// is wrong with it, "" if nothing.
+func readMember(next func() (byte, bool)) Cause {
+	crc, ended := uint32(0), false
+	var b [1]byte
+	take := func() int {
+		c, ok := next()
+		ended = ended || !ok
+		b[0] = c
+		crc = crc32.Update(crc, crc32.IEEETable, b[:])
+		return int(c)
+	}
+	magic := take() | take()<<8
+	method, flags := take(), take()
+	switch {
+	case ended:
+		return Truncated
+	case magic != 0x8b1f:
+		return BadMagic
+	case method != 8:
+		return BadMethod
+	case flags&flagReserved != 0:
+		return BadFlags
+	}
+	for range 6 { // time, extra flags, operating system
+		take()
+	}
+	if flags&flagExtra != 0 {
+		for n := take() | take()<<8; n > 0 && !ended; n-- {
+			take()
+		}
+	}
+	for _, f := range []int{flagName, flagComment} {
+		for flags&f != 0 && take() != 0 { // also at the end of the data
+		}
+	}
+	want := int(crc & 0xffff)
+	if flags&flagHeaderCRC != 0 && take()|take()<<8 != want && !ended {
+		return BadHeaderCRC
+	}
+	if ended {
+		return Truncated
+	}
+	return ""
+}
+
+// trailer reads a member's trailer and checks the data against it. On failure z.err is set.
+func (z *Reader) trailer() {
+	var t [8]byte
+	at := z.InputOffset()
+	for i := range t {
+		c, ok := z.next()
+		if !ok {
+			z.fail(Truncated) // unless reading failed
+			return
+		}
+		t[i] = c
+	}
+	if binary.LittleEndian.Uint32(t[:4]) != z.crc {
+		z.end(&Error{Offset: at, Err: BadCRC})
+		return
+	}
+	if binary.LittleEndian.Uint32(t[4:]) != uint32(z.zero+int64(z.d.wp)-z.start) {
+		z.end(&Error{Offset: at + 4, Err: BadLength})
+		return
+	}
+	z.phase = atNext
+}

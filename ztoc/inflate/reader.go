@@ -1,0 +1,289 @@
+package inflate
+
+import (
+	"hash/crc32"
+	"io"
+)
+
+const (
+	inSize  = 128 << 10 // input buffer, bytes
+	outSize = 256 << 10 // output buffer with the window before it, bytes: both fit in a core's cache
+)
+
+// A Checkpoint is a place in a gzip file where inflating can be taken up again, given the window:
+// the end of a deflate block that is not the last of its member, or the start of a member's data.
+type Checkpoint struct {
+	In   int64 // offset in the file of the first byte of which no bit was read
+	Out  int64 // offset in the inflated data
+	Bits uint8 // 0 to 7: so many bits of byte In-1, its highest, are still to be read
+}
+
+// Options say what a Reader does besides inflating.
+type Options struct {
+	// Interval asks for a checkpoint at the first place at least this many inflated bytes after the
+	// last one. 0: none at all.
+	Interval int64
+
+	// OnCheckpoint is called for every checkpoint in order, from within Read or WriteTo, before the
+	// data after it is handed out but not always after the data before it was. The first one is the
+	// start of the first member's data. window is what the data that follows may refer to: the last
+	// up to 32 KiB before c.Out, none at a member's start; it is valid during the call. An error
+	// ends reading with that error.
+	OnCheckpoint func(c Checkpoint, window []byte) error
+}
+
+// A Reader inflates a gzip file of one or more members. Checksum and length of each are checked;
+// zeros after the last one are ignored. It is for one goroutine at a time.
+type Reader struct {
+	r    io.Reader
+	o    Options
+	d    decoder
+	buf  []byte // input buffer; d.in is its valid part
+	out  [outSize + maxMatch + slack]byte
+	base int64 // offset in the file of d.in[0]
+	zero int64 // offset in the inflated data of d.out[0]
+	eof  bool  // r has ended
+	err  error
+
+	late  error // came with the last input
+	phase phase
+	rp    int    // next byte of d.out to hand out
+	sp    int    // next byte of d.out to sum
+	start int64  // offset in the inflated data of the current member
+	crc   uint32 // of the current member up to sp
+	due   int64  // inflated offset from which on a checkpoint is due
+	place int64  // inflated offset of the last place where a checkpoint was possible
+	block int64  // see MaxBlock
+}
+
+// A phase is what part of the file comes next.
+type phase uint8
+
+const (
+	atHeader phase = iota
+	inData
+	atTrailer
+	atNext  // another header, zeros or the end
+	inZeros // to the end
+)
+
+// NewReader makes a Reader of the gzip file that r reads. It reads ahead and holds less than 1 MiB.
+func NewReader(r io.Reader, o Options) *Reader {
+	z := &Reader{r: r, o: o}
+	z.buf = make([]byte, inSize)
+	z.d.out = z.out[:]
+	z.d.end = outSize
+	return z
+}
+
+// Read inflates into p. After the last member it returns io.EOF; a malformed file, or one that ends
+// early, is an *Error, after all data before the fault was returned. It does not read more input
+// while there is data to return.
+func (z *Reader) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if z.rp == z.d.wp {
+		if z.err == nil {
+			z.more(false)
+		}
+		if z.rp == z.d.wp {
+			return 0, z.err
+		}
+	}
+	n := copy(p, z.d.out[z.rp:z.d.wp])
+	z.rp += n
+	return n, nil
+}
+
+// WriteTo inflates all the rest to w, in large writes from the internal buffer. The error is nil at
+// the end of the file, and otherwise as Read's, or w's.
+func (z *Reader) WriteTo(w io.Writer) (int64, error) {
+	var total int64
+	for {
+		if z.rp == z.d.wp {
+			if z.err == io.EOF {
+				return total, nil
+			}
+			if z.err != nil {
+				return total, z.err
+			}
+			z.more(true)
+			continue
+		}
+		n, err := w.Write(z.d.out[z.rp:z.d.wp])
+		total += int64(n)
+		z.rp += n
+		if err == nil && z.rp != z.d.wp {
+			err = io.ErrShortWrite
+		}
+		if err != nil {
+			return total, err
+		}
+	}
+}
+
+// MaxBlock is the largest number of inflated bytes between two neighbouring places where a
+// checkpoint was possible, so far. What follows the last one counts as well.
+func (z *Reader) MaxBlock() int64 { return max(z.block, z.zero+int64(z.d.wp)-z.place) }
+
+// InputOffset is the offset in the file of the first byte of which no bit was used yet.
+func (z *Reader) InputOffset() int64 { return z.base + int64(z.d.consumed()) }
+
+// more decodes until the output buffer is full or, unless wait, until there is data to hand out and
+// going on would take a read. Everything before was handed out.
+func (z *Reader) more(wait bool) {
+	d := &z.d
+	if d.wp >= d.end {
+		z.slide()
+	}
+	for z.err == nil && d.wp < d.end {
+		if z.phase != inData {
+			if !wait && z.rp < d.wp {
+				break
+			}
+			z.outside()
+			continue
+		}
+		switch d.run() {
+		case needInput:
+			switch {
+			case z.eof:
+				z.fail(Truncated)
+			case !wait && z.rp < d.wp:
+				z.sum()
+				return
+			default:
+				z.fill()
+			}
+		case blockEnd:
+			z.restart()
+		case lastEnd:
+			d.align()
+			z.phase = atTrailer
+		case isBad:
+			z.fail(d.cause)
+		case isFull:
+		}
+	}
+	z.sum()
+}
+
+// outside does what is to be done between the deflate data of members.
+func (z *Reader) outside() {
+	switch z.phase {
+	case atHeader:
+		at := z.InputOffset()
+		if c := readMember(z.next); c != "" {
+			if c != Truncated {
+				z.end(&Error{Offset: at, Err: c})
+			}
+			z.fail(c) // unless reading failed
+			return
+		}
+		d := &z.d
+		d.reset()
+		z.phase = inData
+		z.crc, z.sp, d.lo = 0, d.wp, d.wp
+		z.start = z.zero + int64(d.wp)
+		z.restart()
+	case atTrailer:
+		z.sum()
+		z.trailer()
+	case atNext:
+		c, ok := z.peek()
+		switch {
+		case !ok:
+			z.end(io.EOF)
+		case c != 0:
+			z.phase = atHeader
+		default:
+			z.phase = inZeros
+		}
+	case inZeros:
+		for {
+			c, ok := z.peek()
+			if !ok {
+				z.end(io.EOF)
+				return
+			}
+			if c != 0 {
+				z.fail(Trailing)
+				return
+			}
+			z.d.pos++
+		}
+	}
+}
+
+// restart is called where inflating can be taken up again.
+func (z *Reader) restart() {
+	d := &z.d
+	out := z.zero + int64(d.wp)
+	z.block = max(z.block, out-z.place)
+	z.place = out
+	if z.o.Interval <= 0 || z.o.OnCheckpoint == nil || out < z.due {
+		return
+	}
+	z.due = out + z.o.Interval
+	c := Checkpoint{In: z.InputOffset(), Out: out, Bits: uint8(d.nb & 7)}
+	if err := z.o.OnCheckpoint(c, d.out[max(d.lo, d.wp-windowSize):d.wp]); err != nil {
+		z.err = err
+	}
+}
+
+// sum takes the data since the last time into the member's checksum.
+func (z *Reader) sum() {
+	z.crc = crc32.Update(z.crc, crc32.IEEETable, z.d.out[z.sp:z.d.wp])
+	z.sp = z.d.wp
+}
+
+// fail ends reading because the file is malformed at the current position.
+func (z *Reader) fail(c Cause) { z.end(&Error{Offset: z.InputOffset(), Err: c}) }
+
+func (z *Reader) end(err error) {
+	if z.err == nil {
+		z.err = err
+	}
+}
+
+// fill reads more input behind what is left of it.
+func (z *Reader) fill() {
+	d := &z.d
+	n := copy(z.buf, d.in[d.pos:])
+	z.base += int64(d.pos)
+	d.pos, d.in = 0, z.buf[:n]
+	if z.late != nil {
+		z.end(&Error{Offset: z.base + int64(n), Err: z.late})
+		return
+	}
+	for range 100 {
+		m, err := z.r.Read(z.buf[n:])
+		d.in = z.buf[:n+m]
+		if err == io.EOF {
+			z.eof = true
+			return
+		}
+		if m > 0 {
+			z.late = err
+			return
+		}
+		if err != nil {
+			z.end(&Error{Offset: z.base + int64(n), Err: err})
+			return
+		}
+	}
+	z.end(&Error{Offset: z.base + int64(n), Err: io.ErrNoProgress})
+}
+
+// slide moves the window to the start of the output buffer.
+func (z *Reader) slide() {
+	d := &z.d
+	shift := d.wp - windowSize
+	copy(d.out, d.out[shift:d.wp])
+	d.wp -= shift
+	d.lo = max(0, d.lo-shift)
+	z.rp -= shift
+	z.sp -= shift
+	z.zero += int64(shift)
+}

@@ -1,0 +1,101 @@
+package inflate
+
+// symbols decodes the symbols of a block with codes. blockEnd says that the end code was read.
+func (d *decoder) symbols() status {
+	return d.careful()
+}
+
+// careful decodes up to the last bit of the input and the last byte of the output, one symbol at a
+// time. A match that goes beyond the end of d.out is cut there.
+func (d *decoder) careful() status {
+	lit, dist := &d.codes.lit, &d.codes.dist
+	for d.wp < d.end {
+		if d.nb < 48 {
+			d.refill()
+		}
+		bb, nb := d.bb, d.nb
+		e := lit[bb&(1<<litBits-1)]
+		if e&isSub == isSub && e < isLiteral {
+			if nb < litBits {
+				return needInput
+			}
+			bb >>= litBits
+			nb -= litBits
+			e = lit[uint64(e>>16)+bb&(1<<(e>>8&15)-1)]
+		}
+		n := uint(e & 63)
+		if e >= isLiteral {
+			two := e>>24&3 == 2
+			if two && (n > nb || d.wp+1 >= d.end) {
+				n, two = uint(e>>26&15), false
+			}
+			if n > nb {
+				return needInput
+			}
+			d.bb, d.nb = bb>>n, nb-n
+			d.out[d.wp] = byte(e >> 8)
+			d.wp++
+			if two {
+				d.out[d.wp] = byte(e >> 16)
+				d.wp++
+			}
+			continue
+		}
+		if n > nb {
+			return needInput
+		}
+		if e&isOther != 0 {
+			if e&isEnd != isEnd {
+				return d.bad(BadSymbol)
+			}
+			d.bb, d.nb = bb>>n, nb-n
+			return blockEnd
+		}
+		length := int(e>>16) + int(bb&(1<<n-1)>>(e>>8&63))
+		bb >>= n
+		nb -= n
+
+		e = dist[bb&(1<<distBits-1)]
+		if e&isSub == isSub {
+			if nb < distBits {
+				return needInput
+			}
+			bb >>= distBits
+			nb -= distBits
+			e = dist[uint64(e>>16)+bb&(1<<(e>>8&15)-1)]
+		}
+		n = uint(e & 63)
+		if n > nb {
+			return needInput
+		}
+		if e&isOther != 0 {
+			return d.bad(BadSymbol)
+		}
+		back := int(e>>16) + int(bb&(1<<n-1)>>(e>>8&63))
+		if back > d.wp-d.lo {
+			return d.bad(TooFar)
+		}
+		d.bb, d.nb = bb>>n, nb-n
+		d.repeat(length, back)
+	}
+	return isFull
+}
+
+// repeat writes the length bytes found back bytes before the end of the output to it, or as many as
+// there is room for.
+func (d *decoder) repeat(length, back int) {
+	length = min(length, len(d.out)-d.wp)
+	if d.used != nil {
+		for i := d.wp - back; i < min(d.wp-back+length, windowSize); i++ {
+			d.used[i>>3] |= 1 << (i & 7)
+		}
+	}
+	if back >= length {
+		copy(d.out[d.wp:d.wp+length], d.out[d.wp-back:])
+	} else {
+		for i := d.wp; i < d.wp+length; i++ {
+			d.out[i] = d.out[i-back]
+		}
+	}
+	d.wp += length
+}
