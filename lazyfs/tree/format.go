@@ -31,9 +31,16 @@ const (
 	magic   = "\x89muster\n"
 	version = 1
 
-	numSections = 7
-	sectionSize = 24
-	headerSize  = 48 + numSections*sectionSize // 216
+	numSections  = 7
+	sectionSize  = 24
+	headVersion  = 8
+	headSum      = 12
+	headSize     = 16
+	headMeta     = 24
+	headBytes    = 32
+	headBlocks   = 40
+	headSections = 48
+	headerSize   = headSections + numSections*sectionSize // 216
 
 	secLayers  = 0
 	secRows    = 1
@@ -72,8 +79,11 @@ const (
 	//                       regular: offset in the inflated layer when one run, else first extent
 	rowCount = 72 // uint32: directory: number of dirents; symlink: length of the target;
 	//                       regular: number of extents, oneRun when the data is one run without holes
-	rowFlags = 76 // uint32, zero
+	rowDepth = 76 // uint16, 0 for the root
+	rowFlags = 78 // uint16
 	rowSize  = 80
+
+	flagImplied = 1 // no layer has an entry for this directory
 
 	oneRun = 1<<32 - 1
 )
@@ -116,8 +126,11 @@ const (
 	maxName     = 255      // bytes of one name, as Linux has it
 	maxTarget   = 4095     // bytes of a symlink's target
 	maxXattr    = 64 << 10 // bytes of one xattr value, as Linux has it
-	maxXattrs   = 1 << 10  // of one inode; their names fit listxattr's 64 KiB
+	maxXattrs   = 255      // of one inode: their names fit the 64 KiB of listxattr
+	maxDepth    = 2048     // elements of a path, as many as fit into PATH_MAX
 	maxLayers   = 1 << 16
+	maxRef      = 1024 // bytes of a layer's digest, of its ztoc's key
+	maxRows     = 1<<32 - 2
 	maxMeta     = 64 << 10
 	maxSize     = 1 << 62
 	maxLinks    = 40 // symbolic links followed in one path, as Linux has it
@@ -132,10 +145,10 @@ var (
 )
 
 // hash is FNV-1a: names are short, and the order it gives only has to be the same everywhere.
-func hash(name []byte) uint32 {
+func hash[T []byte | string](name T) uint32 {
 	h := uint32(2166136261)
-	for _, c := range name {
-		h = (h ^ uint32(c)) * 16777619
+	for i := 0; i < len(name); i++ {
+		h = (h ^ uint32(name[i])) * 16777619
 	}
 	return h
 }

@@ -9,16 +9,15 @@ import (
 // A Table is a table file in memory, usually mapped. All methods are safe for concurrent use, allocate
 // nothing unless they say so, and take only rows that Row or another method gave.
 type Table struct {
-	b       []byte // the whole file
-	rows    []byte
-	dirents []byte
-	sorted  []byte
-	extents []byte
-	xattrs  []byte
-	pool    []byte
-	layers  []LayerRef // the only part decoded by Open
-	meta    []byte
-	totals  Totals
+	rows     []byte
+	dirents  []byte
+	sorted   []byte
+	extents  []byte
+	extAttrs []byte
+	pool     []byte
+	layers   []LayerRef // the only part decoded by Open
+	meta     []byte
+	totals   Totals
 }
 
 // Layers are the layers that extents count on, in the order Build got them. Not to be changed.
@@ -221,33 +220,29 @@ func (t *Table) SeekHole(r Row, off int64) (int64, error) {
 	}
 }
 
-// Xattrs is the number of extended attributes of r under p; nearly always 0, and then cheap.
-func (t *Table) Xattrs(r Row, p Presentation) int {
-	return p.xattrs(int(le.Uint32(t.row(r)[rowXattrs:])))
-}
-
-// Xattr is extended attribute i of r, 0 ≤ i < Xattrs(r, p), sorted by name. Bytes of the table.
-func (t *Table) Xattr(r Row, i int) (name, value []byte) {
-	x := t.xattrs[(uint64(le.Uint32(t.row(r)[rowXattr:]))+uint64(i))*xattrSize:]
-	n, nl := uint64(le.Uint32(x[xattrName:])), uint64(le.Uint32(x[xattrNameLen:]))
-	v, vl := uint64(le.Uint32(x[xattrValue:])), uint64(le.Uint32(x[xattrLen:]))
-	return t.pool[n : n+nl : n+nl], t.pool[v : v+vl : v+vl]
-}
-
-// Getxattr is the value of extended attribute name of r, false when it has none (ENODATA).
-func (t *Table) Getxattr(r Row, name []byte, p Presentation) ([]byte, bool) {
-	lo, hi := 0, t.Xattrs(r, p)
-	for lo < hi {
-		m := (lo + hi) / 2
-		n, v := t.Xattr(r, m)
-		switch bytes.Compare(n, name) {
-		case 0:
-			return v, true
-		case -1:
-			lo = m + 1
-		default:
-			hi = m
+// HasXattrs reports whether r has extended attributes under p; nearly always false, and cheap. False means
+// that listxattr is empty and every getxattr ENODATA.
+func (t *Table) HasXattrs(r Row, p Presentation) bool {
+	if le.Uint32(t.row(r)[rowXattrs:]) > 0 {
+		for i := range t.xattrs(r) {
+			if n, _ := t.xattr(r, i); p.shows(n) {
+				return true
+			}
 		}
+	}
+	return t.hasOwner(r, p)
+}
+
+// Getxattr is the value of extended attribute name of r, false when it has none (ENODATA). Bytes of the
+// table, but for user.rootlesscontainers under a user's presentation, which is allocated.
+func (t *Table) Getxattr(r Row, name []byte, p Presentation) ([]byte, bool) {
+	for i := range t.xattrs(r) {
+		if n, v := t.xattr(r, i); bytes.Equal(n, name) && p.shows(n) {
+			return v, true
+		}
+	}
+	if t.hasOwner(r, p) && bytes.Equal(name, ownerXattr) {
+		return t.owner(r), true
 	}
 	return nil, false
 }
@@ -255,11 +250,25 @@ func (t *Table) Getxattr(r Row, name []byte, p Presentation) ([]byte, bool) {
 // AppendXattrNames appends the names of r's extended attributes, each ended by a NUL, as listxattr
 // returns them.
 func (t *Table) AppendXattrNames(dst []byte, r Row, p Presentation) []byte {
-	for i := range t.Xattrs(r, p) {
-		n, _ := t.Xattr(r, i)
-		dst = append(append(dst, n...), 0)
+	for i := range t.xattrs(r) {
+		if n, _ := t.xattr(r, i); p.shows(n) {
+			dst = append(append(dst, n...), 0)
+		}
+	}
+	if t.hasOwner(r, p) {
+		dst = append(append(dst, ownerXattr...), 0)
 	}
 	return dst
+}
+
+func (t *Table) xattrs(r Row) int { return int(le.Uint32(t.row(r)[rowXattrs:])) }
+
+// xattr is extended attribute i of r, whoever looks.
+func (t *Table) xattr(r Row, i int) (name, value []byte) {
+	x := t.extAttrs[(uint64(le.Uint32(t.row(r)[rowXattr:]))+uint64(i))*xattrSize:]
+	n, nl := uint64(le.Uint32(x[xattrName:])), uint64(le.Uint32(x[xattrNameLen:]))
+	v, vl := uint64(le.Uint32(x[xattrValue:])), uint64(le.Uint32(x[xattrLen:]))
+	return t.pool[n : n+nl : n+nl], t.pool[v : v+vl : v+vl]
 }
 
 // AppendPath appends the path of r's first name, from the root, beginning with "/".
@@ -267,17 +276,19 @@ func (t *Table) AppendPath(dst []byte, r Row) []byte {
 	if r == Root {
 		return append(dst, '/')
 	}
-	if p := t.Parent(r); p != Root {
-		dst = t.AppendPath(dst, p)
+	n := 0
+	for at := r; at != Root; at = t.Parent(at) {
+		n += 1 + int(le.Uint32(t.dirents[uint64(le.Uint32(t.row(at)[rowName:]))*direntSize+direntLen:]))
 	}
-	name, _ := t.dirent(uint64(le.Uint32(t.row(r)[rowName:])))
-	return append(append(dst, '/'), name...)
+	dst = append(dst, make([]byte, n)...)
+	end := len(dst)
+	for at := r; at != Root; at = t.Parent(at) {
+		name, _ := t.dirent(uint64(le.Uint32(t.row(at)[rowName:])))
+		end -= copy(dst[end-len(name):], name) + 1
+		dst[end] = '/'
+	}
+	return dst
 }
-
-// Open checks that b, the bytes of a table file, is whole and that every number in it that an accessor
-// relies on is in bounds, and returns the table over it, which keeps b. It reads all of b once.
-// Errors are ErrVersion or ErrCorrupt.
-func Open(b []byte) (*Table, error) { return open(b) }
 
 // layerRef is what the caller of Build said of layer i.
 func (t *Table) layerRef(b []byte) LayerRef {

@@ -65,15 +65,6 @@ type Extent struct {
 	Len    int64 // bytes from the asked offset to the end of the run; 0 at and behind the end of the file
 }
 
-// Presentation is how a table's ids and modes look to a reader.
-type Presentation struct {
-	// User false gives the image's real ids, modes, devices and xattrs, for root's runtimes. True gives
-	// what `umoci unpack --rootless` would give to that user: everything owned by UID and GID.
-	User bool   `json:"user,omitempty"`
-	UID  uint32 `json:"uid,omitempty"`
-	GID  uint32 `json:"gid,omitempty"`
-}
-
 // Totals counts what a table holds, for statfs and for reports.
 type Totals struct {
 	Inodes  int64
