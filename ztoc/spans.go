@@ -1,0 +1,149 @@
+package ztoc
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"hash"
+
+	"github.com/muster-hpc/muster/ztoc/inflate"
+)
+
+// A cut is a span as the walker finds it.
+type cut struct {
+	blob, out Range
+	bits      uint8
+	window    *[windowSize]byte // nil: nothing before the span can be referred to
+}
+
+// A spanEvent is either bytes of the blob, in order, or the end of a span whose bytes all came before.
+type spanEvent struct {
+	data   *buffer
+	isCut  bool
+	cut    cut
+	giveUp bool
+}
+
+// A spanDigester turns cuts and bytes into the rows of the table.
+type spanDigester struct {
+	in   chan spanEvent
+	done chan struct{}
+
+	// Used by the walker only.
+	open cut   // the span that goes on
+	kept int64 // blob bytes before this offset are in finished spans
+	n    int
+
+	// Used by the digester's goroutine until done is closed.
+	queue   []*buffer
+	head    []byte // scratch: the first bytes of a span
+	first   [windowSize]byte
+	used    [windowSize / 8]byte
+	sum     hash.Hash
+	rows    []byte
+	windows []byte
+	gaveUp  bool
+	err     error
+}
+
+func newSpanDigester() *spanDigester {
+	d := &spanDigester{in: make(chan spanEvent, 32), done: make(chan struct{}), sum: sha256.New()}
+	go d.run()
+	return d
+}
+
+// finish waits for the rows of all cuts.
+func (d *spanDigester) finish() error {
+	close(d.in)
+	<-d.done
+	return d.err
+}
+
+func (d *spanDigester) run() {
+	defer close(d.done)
+	for e := range d.in {
+		switch {
+		case e.giveUp:
+			d.drop(1 << 62)
+			d.gaveUp = true
+			d.rows, d.windows = nil, nil
+		case e.data != nil && d.gaveUp:
+			e.data.release()
+		case e.data != nil:
+			d.queue = append(d.queue, e.data)
+		case e.isCut && !d.gaveUp && d.err == nil:
+			d.err = d.add(&e.cut)
+		}
+		if e.isCut && e.cut.window != nil {
+			windowBuffers.Put(e.cut.window)
+		}
+	}
+	d.drop(1 << 62)
+}
+
+// drop lets go of the buffers that end at or before off.
+func (d *spanDigester) drop(off int64) {
+	n := 0
+	for n < len(d.queue) && d.queue[n].off+int64(len(d.queue[n].b)) <= off {
+		d.queue[n].release()
+		n++
+	}
+	d.queue = append(d.queue[:0], d.queue[n:]...)
+}
+
+// each gives f the bytes of r, piece by piece, until it returns false.
+func (d *spanDigester) each(r Range, f func([]byte) bool) error {
+	d.drop(r.Start)
+	at := r.Start
+	for _, b := range d.queue {
+		if at >= r.End {
+			break
+		}
+		if b.off > at {
+			break
+		}
+		p := b.b[at-b.off : min(int64(len(b.b)), r.End-b.off)]
+		at += int64(len(p))
+		if !f(p) {
+			return nil
+		}
+	}
+	if at < r.End {
+		return fmt.Errorf("%w: span %v reaches behind the blob", ErrInvalid, r)
+	}
+	return nil
+}
+
+// headSize is how many compressed bytes are tried to find out what of its window a span refers to. Only
+// its first 32 KiB can; blocks that need more than this for them keep the whole window.
+const headSize = 64 << 10
+
+func (d *spanDigester) add(c *cut) error {
+	d.sum.Reset()
+	if err := d.each(c.blob, func(b []byte) bool { d.sum.Write(b); return true }); err != nil {
+		return err
+	}
+	r := row{
+		out: c.out.Start, outLen: uint32(c.out.Len()), blob: c.blob.Start, blobLen: uint32(c.blob.Len()),
+		bits: c.bits, window: uint64(len(d.windows)), digest: [32]byte(d.sum.Sum(nil)),
+	}
+	if c.window != nil {
+		d.head = d.head[:0]
+		head := Range{c.blob.Start, min(c.blob.End, c.blob.Start+headSize)}
+		if err := d.each(head, func(b []byte) bool { d.head = append(d.head, b...); return true }); err != nil {
+			return err
+		}
+		used := d.used[:]
+		if inflate.SpanUse(d.first[:min(windowSize, c.out.Len())], d.head, c.bits, c.window[:], used) != nil {
+			used = nil
+		}
+		d.windows, r.kind = packWindow(d.windows, c.window[:], used)
+		packed := d.windows[r.window:]
+		r.windowLen = uint32(len(packed))
+		if r.kind != windowNone {
+			r.windowSum = windowSum(packed)
+		}
+	}
+	d.rows = r.append(d.rows)
+	d.drop(c.blob.End - 1) // the next span may share this one's last byte
+	return nil
+}
