@@ -11,5 +11,6 @@ func artifacts() []artifact {
 			name: "debian-scipy", version: 2, inputs: scipyPackages,
 			images: []string{"debian-scipy", "one-layer"}, build: buildScipy,
 		},
+		{name: "torture", version: 3, images: []string{"torture", "torture-odd"}, build: buildTorture},
 	}
 }

@@ -183,10 +183,10 @@ func packageName(s string) string {
 func (r *root) readLists() error {
 	const dir = "var/lib/dpkg/info/"
 	for _, m := range r.members {
-		base, ok := strings.CutPrefix(m.hdr.Name, dir)
-		if base, ok = strings.CutSuffix(base, ".list"); !ok || !strings.HasPrefix(m.hdr.Name, dir) {
+		if !strings.HasPrefix(m.hdr.Name, dir) || !strings.HasSuffix(m.hdr.Name, ".list") {
 			continue
 		}
+		owner := packageName(strings.TrimSuffix(m.hdr.Name[len(dir):], ".list"))
 		f, err := r.open(m.hdr.Name)
 		if err != nil {
 			return err
@@ -194,7 +194,7 @@ func (r *root) readLists() error {
 		s := bufio.NewScanner(f)
 		for s.Scan() {
 			p := r.canonical(strings.TrimPrefix(s.Text(), "/"))
-			r.owners[p] = append(r.owners[p], packageName(base))
+			r.owners[p] = append(r.owners[p], owner)
 		}
 		if err := s.Err(); err != nil {
 			return err
@@ -280,7 +280,7 @@ func (r *root) deal(groups []group) ([][]member, error) {
 		if l == state {
 			plan = append(plan, site())
 		}
-		var in []bool = make([]bool, len(r.members))
+		in := make([]bool, len(r.members))
 		for i, m := range r.members {
 			if assigned[i] != l {
 				continue
