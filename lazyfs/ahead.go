@@ -1,0 +1,197 @@
+package lazyfs
+
+import (
+	"github.com/muster-hpc/muster/lazyfs/tree"
+	"github.com/muster-hpc/muster/ztoc"
+)
+
+// A stream is somebody who reads a layer in order: a large file, or, as readdir order is layer order, a tree
+// file by file. Two readers of the same stretch are one stream.
+type stream struct {
+	layer int
+	next  int64    // offset in the inflated layer behind what was read
+	done  int64    // bytes read in order so far
+	row   tree.Row // the file read last
+	files int      // how many files it went through, as far as it matters: 1 or 2
+	ahead int64    // up to here spans are at hand or on their way
+	fetch int64    // up to here Blobs was told
+	used  uint64   // clock
+}
+
+const (
+	streamStart = 192 << 10 // bytes read in order until a reader counts as a stream: more than one request of the kernel
+	streamSlack = 256 << 10 // gap that a stream may jump: files that are in the page cache already, headers
+	streamBack  = 2 << 20   // and how far back it may come: the kernel's requests overtake each other
+	fetchAhead  = 64 << 20  // inflated bytes that Blobs is told of ahead of a stream
+	fetchStep   = 4 << 20   // and not oftener than this
+)
+
+// streamBudget bounds the inflated bytes ahead of all streams, replayBudget those ahead of the profile.
+func (c *cache) streamBudget() int64 { return c.limit * 3 / 8 }
+func (c *cache) replayBudget() int64 { return c.limit * 3 / 8 }
+
+// follow looks at what is being read, and has what comes next loaded. left is how many bytes of the file there
+// are from the beginning of the read on.
+func (s *Server) follow(where []stretch, row tree.Row, left int64) {
+	for _, x := range where {
+		st := s.streamAt(x, row)
+		st.used = s.clock
+		s.clock++
+		if gain := x.off + x.n - st.next; gain > 0 {
+			st.done += min(gain, x.n)
+			st.next += gain
+		}
+		if st.row != row {
+			st.row, st.files = row, 2
+		}
+		if st.done < streamStart {
+			continue
+		}
+		limit := s.layerSize(x.layer)
+		if st.files == 1 {
+			limit = min(limit, x.off+left)
+		}
+		s.extend(st, limit)
+	}
+}
+
+func (s *Server) streamAt(x stretch, row tree.Row) *stream {
+	oldest := &s.streams[0]
+	for i := range s.streams {
+		st := &s.streams[i]
+		if st.done > 0 && st.layer == x.layer && x.off >= st.next-streamBack && x.off <= st.next+streamSlack {
+			return st
+		}
+		if st.used < oldest.used {
+			oldest = st
+		}
+	}
+	*oldest = stream{layer: x.layer, next: x.off, row: row, files: 1, ahead: x.off, fetch: x.off}
+	return oldest
+}
+
+// extend loads ahead of st: as much as it has read, within the budget, but the next span at least.
+func (s *Server) extend(st *stream, limit int64) {
+	window := min(st.done, s.streamBudget())
+	at := max(st.ahead, st.next)
+	for at < limit && s.aheadOfStreams < s.streamBudget() {
+		id, end := s.unitAt(st.layer, at)
+		if id == zeroUnit || (at >= st.next+window && st.ahead > st.next) {
+			break
+		}
+		s.loadAhead(id, &s.aheadOfStreams)
+		at = end
+		st.ahead = end
+	}
+	if s.ahead == nil || st.files == 1 && limit-st.next < fetchStep {
+		return
+	}
+	to := min(limit, st.next+min(4*st.done, fetchAhead))
+	if from := max(st.fetch, at); to >= from+fetchStep || (to == limit && to > from) {
+		st.fetch = to
+		layer := s.layers[st.layer]
+		lo, hi := layer.Ztoc.SpansOf(ztoc.Range{Start: from, End: to})
+		var r []ztoc.Range
+		for i := lo; i < hi; i++ {
+			r = appendRange(r, layer.Ztoc.Span(i).Blob)
+		}
+		go s.ahead.Prefetch(s.ctx, layer.Ref, r)
+	}
+}
+
+// appendRange appends x, joined with the last of r if they touch.
+func appendRange(r []ztoc.Range, x ztoc.Range) []ztoc.Range {
+	if n := len(r); n > 0 && x.Start <= r[n-1].End && x.Start >= r[n-1].Start {
+		r[n-1].End = max(r[n-1].End, x.End)
+		return r
+	}
+	return append(r, x)
+}
+
+func (s *Server) layerSize(layer int) int64 {
+	z := s.layers[layer].Ztoc
+	if n := z.NumSpans(); n > 0 {
+		return z.Span(n - 1).Out.End
+	}
+	return 0
+}
+
+// unitAt is the unit that holds byte off of a layer, and where it ends; zeroUnit when there is none.
+func (s *Server) unitAt(layer int, off int64) (unitID, int64) {
+	if s.warm != nil {
+		if piece, _, have := s.warm.find(layer, off); piece >= 0 {
+			return unitOf(warmSource, piece), off + have
+		}
+	}
+	z := s.layers[layer].Ztoc
+	i, hi := z.SpansOf(ztoc.Range{Start: off, End: off + 1})
+	if i >= hi {
+		return zeroUnit, 0
+	}
+	return unitOf(layer, i), z.Span(i).Out.End
+}
+
+// A replay is a profile being loaded ahead of its readers.
+type replay struct {
+	units []unitID
+	at    int
+}
+
+// startReplay turns the profile into units, in its order, and tells Blobs of all of it.
+func (s *Server) startReplay() {
+	seen := map[unitID]bool{}
+	var units []unitID
+	for _, r := range s.cfg.Profile.Ranges {
+		if r.Layer < 0 || r.Layer >= len(s.layers) {
+			continue
+		}
+		for at, end := max(r.Start, 0), min(r.End, s.layerSize(r.Layer)); at < end; {
+			id, next := s.unitAt(r.Layer, at)
+			if id == zeroUnit {
+				break
+			}
+			if !seen[id] {
+				seen[id] = true
+				units = append(units, id)
+			}
+			at = next
+		}
+	}
+	if s.ahead != nil {
+		var ranges []ztoc.Range
+		for i, id := range units {
+			if id.source() == warmSource {
+				continue
+			}
+			l := s.layers[id.source()]
+			ranges = appendRange(ranges, l.Ztoc.Span(id.index()).Blob)
+			if i == len(units)-1 || units[i+1].source() != id.source() {
+				s.ahead.Prefetch(s.ctx, l.Ref, ranges)
+				ranges = nil
+			}
+		}
+	}
+	if s.warm != nil {
+		s.warm.advise()
+	}
+	s.mu.Lock()
+	s.replay = replay{units: units}
+	s.start()
+	s.mu.Unlock()
+}
+
+// pump goes on with the replay as far as its budget goes: what was inflated ahead and not read yet counts. Spans
+// that readers have reached by themselves are passed over.
+func (s *Server) pump() {
+	r := &s.replay
+	for r.at < len(r.units) && s.aheadOfReplay < s.replayBudget() {
+		id := r.units[r.at]
+		r.at++
+		if id.source() == warmSource || !s.touched[id.source()].has(id.index()) {
+			s.loadAhead(id, &s.aheadOfReplay)
+		}
+	}
+	if r.at > 0 && r.at == len(r.units) {
+		*r = replay{}
+	}
+}

@@ -1,0 +1,105 @@
+package lazyfs
+
+import (
+	"fmt"
+	"math/bits"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// pool hands out big buffers from memory that the garbage collector does not see: their number is decided
+// by budgets, not by when a collection happens to run, and what is given back beyond the keep goes back to
+// the system at once.
+type pool struct {
+	keep int // bytes of free buffers to hold on to
+
+	mu   sync.Mutex
+	free map[int][][]byte // by capacity
+	held int              // bytes in free
+	out  int              // bytes handed out
+}
+
+// Capacities are multiples of this below 16 times it, then an eighth of their power of two.
+const bufferGrain = 64 << 10
+
+// class is the capacity of a buffer for n bytes: at most an eighth above n once n is past a few grains.
+func class(n int) int {
+	if n <= 16*bufferGrain {
+		return (n + bufferGrain - 1) / bufferGrain * bufferGrain
+	}
+	grain := 1 << (bits.Len(uint(n-1)) - 4)
+	return (n + grain - 1) &^ (grain - 1)
+}
+
+func newPool(keep int) *pool { return &pool{keep: keep, free: map[int][][]byte{}} }
+
+// get is a buffer of n > 0 bytes with any content.
+func (p *pool) get(n int) ([]byte, error) {
+	c := class(n)
+	p.mu.Lock()
+	p.out += c
+	if l := p.free[c]; len(l) > 0 {
+		b := l[len(l)-1]
+		p.free[c] = l[:len(l)-1]
+		p.held -= c
+		p.mu.Unlock()
+		return b[:n], nil
+	}
+	p.mu.Unlock()
+	b, err := unix.Mmap(-1, 0, c, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		p.mu.Lock()
+		p.out -= c
+		p.mu.Unlock()
+		return nil, fmt.Errorf("memory for %d bytes: %w", n, err)
+	}
+	return b[:n], nil
+}
+
+// put gives back a buffer from get, which nobody may use any more.
+func (p *pool) put(b []byte) {
+	if b == nil {
+		return
+	}
+	b = b[:cap(b)]
+	p.mu.Lock()
+	p.out -= len(b)
+	if p.held+len(b) <= p.keep {
+		p.free[len(b)] = append(p.free[len(b)], b)
+		p.held += len(b)
+		p.mu.Unlock()
+		return
+	}
+	p.mu.Unlock()
+	_ = unix.Munmap(b)
+}
+
+// trim gives all free buffers back to the system.
+func (p *pool) trim() {
+	p.mu.Lock()
+	free := p.free
+	p.free, p.held = map[int][][]byte{}, 0
+	p.mu.Unlock()
+	for _, l := range free {
+		for _, b := range l {
+			_ = unix.Munmap(b)
+		}
+	}
+}
+
+// zeros is memory that reads as zeros and is backed by the kernel's one zero page.
+var zeros = sync.OnceValue(func() []byte {
+	b, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		return make([]byte, 1<<20)
+	}
+	return b
+})
+
+// bytes is what p holds from the system.
+func (p *pool) bytes() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return int64(p.held + p.out)
+}

@@ -1,0 +1,123 @@
+package lazyfs
+
+import (
+	"context"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// recorder notes what is read, in order, until the program has started.
+type recorder struct {
+	sizes []int64 // of the inflated layers
+
+	pending atomic.Int64  // reads not answered yet
+	last    atomic.Int64  // when a read came or was answered last, Unix nanoseconds
+	stopped atomic.Bool   // no more to record
+	asleep  atomic.Bool   // the housekeeper waits on wake
+	wake    chan struct{} // the first read after a silence
+
+	mu   sync.Mutex
+	seen coverage
+	once sync.Once
+}
+
+func (r *recorder) init(layers []Layer) {
+	r.wake = make(chan struct{}, 1)
+	r.asleep.Store(true)
+	for _, l := range layers {
+		var size int64
+		if n := l.Ztoc.NumSpans(); n > 0 {
+			size = l.Ztoc.Span(n - 1).Out.End
+		}
+		r.sizes = append(r.sizes, size)
+	}
+}
+
+// note is called for each read, before it is answered or parked; done when it was answered.
+func (r *recorder) note(where []stretch) {
+	r.pending.Add(1)
+	r.last.Store(time.Now().UnixNano())
+	if r.asleep.Load() && r.asleep.CompareAndSwap(true, false) {
+		r.wake <- struct{}{} // has room: only whoever set asleep to false sends
+	}
+	if r.stopped.Load() {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, x := range where {
+		start := x.off &^ (profilePage - 1)
+		end := min((x.off+x.n+profilePage-1)&^(profilePage-1), r.sizes[x.layer])
+		if l, ok := r.seen.last(); ok && l.Layer == x.layer && start > l.End && start-l.End <= profileGap {
+			start = l.End
+		}
+		r.seen.add(x.layer, start, end)
+	}
+	if r.seen.full {
+		r.stopped.Store(true)
+	}
+}
+
+func (r *recorder) done() {
+	r.pending.Add(-1)
+	r.last.Store(time.Now().UnixNano())
+}
+
+// silence is how long no read has come nor waited.
+func (r *recorder) silence() time.Duration {
+	if r.pending.Load() > 0 {
+		return 0
+	}
+	return time.Duration(time.Now().UnixNano() - r.last.Load())
+}
+
+// keepHouse delivers the profile once readers have been quiet, and gives memory back when they have been quiet for
+// longer. While nothing is read it sleeps without waking up.
+func (s *Server) keepHouse(ctx context.Context) {
+	r := &s.recorder
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.wake:
+		}
+		tick := time.NewTicker(max(min(s.cfg.Quiet, s.cfg.Idle)/8, time.Millisecond))
+		for busy := true; busy; {
+			select {
+			case <-ctx.Done():
+				tick.Stop()
+				return
+			case <-tick.C:
+			}
+			silence := r.silence()
+			if silence >= s.cfg.Quiet {
+				s.deliverProfile()
+			}
+			busy = silence < max(s.cfg.Idle, s.cfg.Quiet)
+		}
+		tick.Stop()
+		s.forget()
+		debug.FreeOSMemory()
+		r.asleep.Store(true)
+		if r.silence() < s.cfg.Idle && r.asleep.CompareAndSwap(true, false) {
+			r.wake <- struct{}{} // a read came between the last look and falling asleep
+		}
+	}
+}
+
+// deliverProfile hands over what was recorded, once.
+func (s *Server) deliverProfile() {
+	r := &s.recorder
+	r.once.Do(func() {
+		r.stopped.Store(true)
+		r.mu.Lock()
+		p := Profile{Ranges: r.seen.ranges}
+		r.seen = coverage{}
+		r.mu.Unlock()
+		if len(p.Ranges) > 0 && s.cfg.OnProfile != nil {
+			s.cfg.OnProfile(p)
+		}
+	})
+}
