@@ -37,6 +37,7 @@ type Stats struct {
 // A Note says what became of an entry that is not in the tree as it is in the layer.
 type Note struct {
 	Layer  int    // index of the layer
+	Seq    int    // index of the entry in its layer
 	Name   string // as the archive has it
 	Reason string
 }

@@ -85,7 +85,7 @@ func (m *merge) note(e *ztoc.Entry, reason string) {
 		m.stats.NotesCut++
 		return
 	}
-	m.stats.Notes = append(m.stats.Notes, Note{Layer: m.layer, Name: e.Name, Reason: reason})
+	m.stats.Notes = append(m.stats.Notes, Note{Layer: m.layer, Seq: m.seq, Name: e.Name, Reason: reason})
 }
 
 // apply puts one entry into the tree.
@@ -124,7 +124,7 @@ func (m *merge) put(e *ztoc.Entry) error {
 	if strings.IndexByte(base, 0) >= 0 {
 		return refusal("name has a NUL byte")
 	}
-	var link uint32 // inode to link to
+	var target, link uint32 // name and inode that a hard link leads to
 	switch e.Type {
 	case ztoc.TypeReg:
 		if err := m.checkContent(e); err != nil {
@@ -141,9 +141,10 @@ func (m *merge) put(e *ztoc.Entry) error {
 		}
 	case ztoc.TypeHardlink:
 		var err error
-		if link, err = m.linkTarget(e.Linkname); err != nil {
+		if target, err = m.linkTarget(e.Linkname); err != nil {
 			return err
 		}
+		link = m.names[target].inode
 	}
 	at, err := m.directory(dir, true)
 	if err != nil {
@@ -155,22 +156,14 @@ func (m *merge) put(e *ztoc.Entry) error {
 	if n, ok := m.find[key{at, base}]; ok {
 		old := m.names[n].inode
 		switch {
-		case e.Type == ztoc.TypeHardlink && old == link:
-			// umoci removes the name first and then misses it when it is the only one.
-			m.touch(n)
-			return nil
+		case e.Type == ztoc.TypeHardlink && m.beneath(target, n):
+			return refusal("hard link to itself, or to a file beneath what it replaces")
 		case e.Type == ztoc.TypeDir && m.inodes[old].mode&modeType == modeDir:
 			m.inodes[old] = m.newInode(e, modeDir)
 			m.touch(n)
 			return nil
 		}
-		if e.Type != ztoc.TypeHardlink {
-			m.remove(n)
-		} else { // whose target may lie beneath the name that goes
-			m.inodes[link].links++
-			m.remove(n)
-			m.inodes[link].links--
-		}
+		m.remove(n)
 	}
 	if e.Type != ztoc.TypeHardlink {
 		if link, err = m.addInode(m.newInode(e, typ)); err != nil {
@@ -307,11 +300,23 @@ func (m *merge) remove(n uint32) {
 // gone is the inode of a name that was removed.
 const gone = 1<<32 - 1
 
+// beneath reports whether n is top or lies beneath it.
+func (m *merge) beneath(n, top uint32) bool {
+	for n != top && n != 0 {
+		n = m.names[n].parent
+	}
+	return n == top
+}
+
 func (m *merge) isDir(n uint32) bool { return m.inodes[m.names[n].inode].mode&modeType == modeDir }
 
 // whiteout removes what lower layers have at, or for an opaque directory beneath, a name.
 func (m *merge) whiteout(dir, base string) error {
 	m.stats.Whiteouts++
+	switch base[len(whiteoutPrefix):] {
+	case "", ".", "..":
+		return refusal("whiteout of no name") // umoci would remove the directory, or the one above
+	}
 	at, err := m.directory(dir, false)
 	if err == errAbsent || err == errNotInDir {
 		return nil
@@ -323,11 +328,7 @@ func (m *merge) whiteout(dir, base string) error {
 		m.hideBeneath(at)
 		return nil
 	}
-	base = base[len(whiteoutPrefix):]
-	if base == "" || base == "." || base == ".." {
-		return refusal("whiteout of no name")
-	}
-	n, ok := m.find[key{at, base}]
+	n, ok := m.find[key{at, base[len(whiteoutPrefix):]}]
 	if !ok {
 		return nil
 	}
@@ -468,7 +469,7 @@ func (m *merge) walk(dir string) (uint32, error) {
 	return at, nil
 }
 
-// linkTarget is the inode that a hard link's target names. The last element is not followed: a hard link to
+// linkTarget is the name that a hard link's target leads to. The last element is not followed: a hard link to
 // a symbolic link is one.
 func (m *merge) linkTarget(target string) (uint32, error) {
 	dir, base := split(target)
@@ -490,7 +491,7 @@ func (m *merge) linkTarget(target string) (uint32, error) {
 	if m.isDir(n) {
 		return 0, refusal("hard link to a directory")
 	}
-	return m.names[n].inode, nil
+	return n, nil
 }
 
 // group is the inode's gid.

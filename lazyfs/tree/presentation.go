@@ -8,9 +8,10 @@ import "bytes"
 //
 //   - everything is owned by the user; modes are the image's, with setuid, setgid and sticky bits;
 //   - devices, which a user cannot make, are empty regular files with the mode of the device; FIFOs stay;
-//   - of the xattrs those that a user may set: user.* and system.*, not security.* and trusted.*;
-//   - an owner other than root is kept in the xattr user.rootlesscontainers of files and directories, as the
-//     tools that follow that convention read it (a protocol buffer of two numbers, all ones for root).
+//   - of the xattrs those that a user may set: system.*, and user.* where the mode lets the owner write, as the
+//     mode is set first; not security.* and trusted.*;
+//   - an owner other than root is kept in the xattr user.rootlesscontainers of such files and directories, as
+//     the tools that follow that convention read it (a protocol buffer of two numbers, all ones for root).
 type Presentation struct {
 	// User false gives what the image has, for root's runtimes.
 	User bool `json:"user,omitempty"`
@@ -43,12 +44,17 @@ var (
 	systemPrefix = []byte("system.")
 )
 
-// shows reports whether p shows the xattrs of this name that an image has.
-func (p Presentation) shows(name []byte) bool {
-	if !p.User {
+const ownerWrites = 0o200
+
+// shows reports whether p shows the xattr of this name that an image's inode r has.
+func (t *Table) shows(r Row, name []byte, p Presentation) bool {
+	switch {
+	case !p.User, bytes.HasPrefix(name, systemPrefix):
 		return true
+	case bytes.HasPrefix(name, userPrefix):
+		return le.Uint32(t.row(r)[rowMode:])&ownerWrites != 0 && !bytes.Equal(name, ownerXattr)
 	}
-	return (bytes.HasPrefix(name, userPrefix) || bytes.HasPrefix(name, systemPrefix)) && !bytes.Equal(name, ownerXattr)
+	return false
 }
 
 // hasOwner reports whether p shows in an xattr whose inode r really is.
@@ -60,8 +66,8 @@ func (t *Table) hasOwner(r Row, p Presentation) bool {
 	if le.Uint32(b[rowUID:]) == 0 && le.Uint32(b[rowGID:]) == 0 || le.Uint16(b[rowFlags:])&flagImplied != 0 {
 		return false
 	}
-	k := p.mode(le.Uint32(b[rowMode:])) & modeType
-	return k == modeReg || k == modeDir
+	mode := p.mode(le.Uint32(b[rowMode:]))
+	return mode&ownerWrites != 0 && (mode&modeType == modeReg || mode&modeType == modeDir)
 }
 
 // owner is the value of user.rootlesscontainers: fields 1 and 2 as varints.

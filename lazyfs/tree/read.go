@@ -225,7 +225,7 @@ func (t *Table) SeekHole(r Row, off int64) (int64, error) {
 func (t *Table) HasXattrs(r Row, p Presentation) bool {
 	if le.Uint32(t.row(r)[rowXattrs:]) > 0 {
 		for i := range t.xattrs(r) {
-			if n, _ := t.xattr(r, i); p.shows(n) {
+			if n, _ := t.xattr(r, i); t.shows(r, n, p) {
 				return true
 			}
 		}
@@ -237,7 +237,7 @@ func (t *Table) HasXattrs(r Row, p Presentation) bool {
 // table, but for user.rootlesscontainers under a user's presentation, which is allocated.
 func (t *Table) Getxattr(r Row, name []byte, p Presentation) ([]byte, bool) {
 	for i := range t.xattrs(r) {
-		if n, v := t.xattr(r, i); bytes.Equal(n, name) && p.shows(n) {
+		if n, v := t.xattr(r, i); bytes.Equal(n, name) && t.shows(r, n, p) {
 			return v, true
 		}
 	}
@@ -251,7 +251,7 @@ func (t *Table) Getxattr(r Row, name []byte, p Presentation) ([]byte, bool) {
 // returns them.
 func (t *Table) AppendXattrNames(dst []byte, r Row, p Presentation) []byte {
 	for i := range t.xattrs(r) {
-		if n, _ := t.xattr(r, i); p.shows(n) {
+		if n, _ := t.xattr(r, i); t.shows(r, n, p) {
 			dst = append(append(dst, n...), 0)
 		}
 	}
