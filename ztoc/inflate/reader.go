@@ -10,6 +10,9 @@ const (
 	outSize = 256 << 10 // output buffer with the window before it, bytes: both fit in a core's cache
 )
 
+// shortRead is how much is read where a block's header is expected between stored blocks, bytes.
+const shortRead = 4 << 10
+
 // A Checkpoint is a place in a gzip file where inflating can be taken up again, given the window:
 // the end of a deflate block that is not the last of its member, or the start of a member's data.
 type Checkpoint struct {
@@ -45,15 +48,16 @@ type Reader struct {
 	eof  bool  // r has ended
 	err  error
 
-	late  error // came with the last input
-	phase phase
-	rp    int    // next byte of d.out to hand out
-	sp    int    // next byte of d.out to sum
-	start int64  // offset in the inflated data of the current member
-	crc   uint32 // of the current member up to sp
-	due   int64  // inflated offset from which on a checkpoint is due
-	place int64  // inflated offset of the last place where a checkpoint was possible
-	block int64  // see MaxBlock
+	late   error // came with the last input, for the next read
+	phase  phase
+	stored bool   // the last input was read to where it belongs
+	rp     int    // next byte of d.out to hand out
+	sp     int    // next byte of d.out to sum
+	start  int64  // offset in the inflated data of the current member
+	crc    uint32 // of the current member up to sp
+	due    int64  // inflated offset from which on a checkpoint is due
+	place  int64  // inflated offset of the last place where a checkpoint was possible
+	block  int64  // see MaxBlock
 }
 
 // A phase is what part of the file comes next.
@@ -253,27 +257,44 @@ func (z *Reader) fill() {
 	n := copy(z.buf, d.in[d.pos:])
 	z.base += int64(d.pos)
 	d.pos, d.in = 0, z.buf[:n]
-	if z.late != nil {
-		z.end(&Error{Offset: z.base + int64(n), Err: z.late})
+	size := inSize
+	switch {
+	case n == 0 && d.stage == inStored && d.left >= shortRead:
+		// Stored data need not pass through the input buffer.
+		m := z.read(d.out[d.wp:min(d.end, d.wp+d.left)])
+		z.base += int64(m)
+		d.wp += m
+		d.left -= m
+		z.stored = true
 		return
+	case z.stored && d.stage != inCodes:
+		size = max(shortRead, n+1) // what follows may well be stored as well
 	}
-	for range 100 {
-		m, err := z.r.Read(z.buf[n:])
-		d.in = z.buf[:n+m]
-		if err == io.EOF {
-			z.eof = true
-			return
+	z.stored = false
+	d.in = z.buf[:n+z.read(z.buf[n:size])]
+}
+
+// read reads from below at least one byte, unless that has ended or failed: then z.eof or z.err is set.
+func (z *Reader) read(p []byte) int {
+	err := z.late
+	for i := 0; err == nil; i++ {
+		if i == 100 {
+			err = io.ErrNoProgress
+			break
 		}
-		if m > 0 {
+		var n int
+		n, err = z.r.Read(p)
+		if n > 0 {
 			z.late = err
-			return
-		}
-		if err != nil {
-			z.end(&Error{Offset: z.base + int64(n), Err: err})
-			return
+			return n
 		}
 	}
-	z.end(&Error{Offset: z.base + int64(n), Err: io.ErrNoProgress})
+	if err == io.EOF {
+		z.eof = true
+	} else {
+		z.end(&Error{Offset: z.base + int64(len(z.d.in)), Err: err})
+	}
+	return 0
 }
 
 // slide moves the window to the start of the output buffer.

@@ -2,8 +2,32 @@ package inflate
 
 // symbols decodes the symbols of a block with codes. blockEnd says that the end code was read.
 func (d *decoder) symbols() status {
+	if d.used == nil {
+		inEnd, outEnd := len(d.in)-fastIn, min(d.end, len(d.out)-maxMatch-slack)
+		if d.pos <= inEnd && d.wp < outEnd {
+			switch d.fast(inEnd, outEnd) {
+			case fastEnd:
+				return blockEnd
+			case fastBad:
+				return d.bad(BadSymbol)
+			case fastFar:
+				return d.bad(TooFar)
+			}
+		}
+	}
 	return d.careful()
 }
+
+// fastIn is how much input beyond the current byte the fast loop may load at a time.
+const fastIn = 16
+
+// What the fast loop says.
+const (
+	fastLimit = iota // input or output came to the limit
+	fastEnd          // the end of the block was read
+	fastBad          // invalid code
+	fastFar          // distance reaches too far
+)
 
 // careful decodes up to the last bit of the input and the last byte of the output, one symbol at a
 // time. A match that goes beyond the end of d.out is cut there.
@@ -25,9 +49,9 @@ func (d *decoder) careful() status {
 		}
 		n := uint(e & 63)
 		if e >= isLiteral {
-			two := e>>24&3 == 2
+			two := e>>30 == 2
 			if two && (n > nb || d.wp+1 >= d.end) {
-				n, two = uint(e>>26&15), false
+				n, two = uint(e>>24&15), false
 			}
 			if n > nb {
 				return needInput

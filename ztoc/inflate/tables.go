@@ -14,24 +14,27 @@ const (
 	litSize  = 1<<litBits + 928
 	distSize = 1<<distBits + 320
 
+	litMask  = 1<<litBits - 1
+	distMask = 1<<distBits - 1
+
 	maxCode = 15 // longest code, bits
 )
 
 // Entries of both tables have in their low byte the number of bits to drop, so that a shift by the
 // entry (its low six bits) drops them.
 //
-// Literals, bit 31 set:
+// Literals, at least isLiteral in the literal/length table:
 //
-//	0-7 bits to drop · 8-15 literal · 16-23 second literal · 24-25 how many · 26-29 bits of the first
+//	0-7 bits to drop · 8-15 literal · 16-23 second literal · 24-27 bits of the first · 30-31 how many
 //
-// Lengths and distances, bits 31 and 15 clear:
+// Lengths and distances, bit 15 clear:
 //
 //	0-7 bits to drop, code and extra bits · 8-13 code bits alone · 16-30 base to add the extra bits to
 //
 // Everything else has bit 15 set: the end of the block, an invalid code, or the way to a second-level
 // table (8-11 its index bits, 16-30 its first entry).
 const (
-	isLiteral = 1 << 31
+	isLiteral = 1 << 30
 	isOther   = 1 << 15
 	isEnd     = 1<<15 | 1<<14 // end of block
 	isSub     = 1<<15 | 1<<13 // second-level table
@@ -57,7 +60,7 @@ var (
 
 func init() {
 	for i := range 256 {
-		litProto[i] = isLiteral | 1<<24 | uint32(i)<<8
+		litProto[i] = isLiteral | uint32(i)<<8
 	}
 	litProto[256] = isEnd
 	base, extra := uint32(3), uint32(0)
@@ -103,7 +106,7 @@ func init() {
 
 // build makes t the table for literal and length codes of these lengths.
 func (t *litTable) build(lens []uint8) bool {
-	if !construct(t[:], litBits, lens, litProto[:]) {
+	if !construct(t[:], litBits, lens, litProto[:], 256) {
 		return false
 	}
 	t.pair()
@@ -123,19 +126,19 @@ func (t *litTable) pair() {
 		if f < isLiteral || n+f&15 > litBits {
 			continue
 		}
-		t[i] = e&^(3<<24) + f&15 + f>>8&0xff<<16 + 2<<24
+		t[i] = e + isLiteral + f>>8&0xff<<16 + f&15
 	}
 }
 
 // build makes t the table for distance codes of these lengths.
 func (t *distTable) build(lens []uint8) bool {
-	return construct(t[:], distBits, lens, distProto[:])
+	return construct(t[:], distBits, lens, distProto[:], 0)
 }
 
 // construct fills t, with 2^tb entries at the first level, for the canonical prefix code with these
 // lengths. It reports whether they make one: complete, or else a single code of one bit or none, both
-// of which leave invalid entries.
-func construct(t []uint32, tb uint, lens []uint8, proto []uint32) bool {
+// of which leave invalid entries. The first symbols, so many of them, are literals.
+func construct(t []uint32, tb uint, lens []uint8, proto []uint32, literals uint16) bool {
 	var count [maxCode + 1]uint16
 	for _, n := range lens {
 		count[n&15]++
@@ -189,7 +192,7 @@ func construct(t []uint32, tb uint, lens []uint8, proto []uint32) bool {
 		for c := count[n]; c > 0; c-- {
 			s := sorted[k]
 			k++
-			t[code] = entry(proto[s], n)
+			t[code] = proto[s] + uint32(n)*per(s < literals)
 			code = successor(code, n)
 		}
 	}
@@ -219,7 +222,7 @@ func construct(t []uint32, tb uint, lens []uint8, proto []uint32) bool {
 				end += 1 << sb
 				t[low] = uint32(start)<<16 | isSub | uint32(sb)<<8 | uint32(tb)
 			}
-			e := entry(proto[s], n-tb)
+			e := proto[s] + uint32(n-tb)*per(s < literals)
 			for i := code >> tb; i < 1<<sb; i += 1 << (n - tb) {
 				t[start+i] = e
 			}
@@ -229,12 +232,13 @@ func construct(t []uint32, tb uint, lens []uint8, proto []uint32) bool {
 	return true
 }
 
-// entry is a symbol's entry where its code, or what the first-level index left of it, has n bits.
-func entry(proto uint32, n uint) uint32 {
-	if proto >= isLiteral {
-		return proto + uint32(n)*(1|1<<26)
+// per is what each bit of a symbol's code, or of what the first-level index left of it, adds to its
+// entry: one bit to drop, and one in the field for the code's bits.
+func per(literal bool) uint32 {
+	if literal {
+		return 1 | 1<<24
 	}
-	return proto + uint32(n)*(1|1<<8)
+	return 1 | 1<<8
 }
 
 // successor is the code after c among those of n bits, both with the first bit lowest.
