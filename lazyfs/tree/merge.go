@@ -124,7 +124,7 @@ func (m *merge) put(e *ztoc.Entry) error {
 	if strings.IndexByte(base, 0) >= 0 {
 		return refusal("name has a NUL byte")
 	}
-	var target, link uint32 // name and inode that a hard link leads to
+	var link uint32 // inode to link to
 	switch e.Type {
 	case ztoc.TypeReg:
 		if err := m.checkContent(e); err != nil {
@@ -140,11 +140,11 @@ func (m *merge) put(e *ztoc.Entry) error {
 			return refusal("symbolic link's target has a NUL byte")
 		}
 	case ztoc.TypeHardlink:
-		var err error
-		if target, err = m.linkTarget(e.Linkname); err != nil {
+		n, err := m.linkTarget(e.Linkname)
+		if err != nil {
 			return err
 		}
-		link = m.names[target].inode
+		link = m.names[n].inode
 	}
 	at, err := m.directory(dir, true)
 	if err != nil {
@@ -156,8 +156,8 @@ func (m *merge) put(e *ztoc.Entry) error {
 	if n, ok := m.find[key{at, base}]; ok {
 		old := m.names[n].inode
 		switch {
-		case e.Type == ztoc.TypeHardlink && m.beneath(target, n):
-			return refusal("hard link to itself, or to a file beneath what it replaces")
+		case e.Type == ztoc.TypeHardlink && !m.findsWithout(n, e.Linkname):
+			return refusal("hard link to itself, or to a file reached through what it replaces")
 		case e.Type == ztoc.TypeDir && m.inodes[old].mode&modeType == modeDir:
 			m.inodes[old] = m.newInode(e, modeDir)
 			m.touch(n)
@@ -300,12 +300,15 @@ func (m *merge) remove(n uint32) {
 // gone is the inode of a name that was removed.
 const gone = 1<<32 - 1
 
-// beneath reports whether n is top or lies beneath it.
-func (m *merge) beneath(n, top uint32) bool {
-	for n != top && n != 0 {
-		n = m.names[n].parent
-	}
-	return n == top
+// findsWithout reports whether a hard link's target would still be found without name n.
+func (m *merge) findsWithout(n uint32, target string) bool {
+	d := m.names[n]
+	delete(m.find, key{d.parent, d.text})
+	m.lastOK = false
+	_, err := m.linkTarget(target)
+	m.lastOK = false
+	m.find[key{d.parent, d.text}] = n
+	return err == nil
 }
 
 func (m *merge) isDir(n uint32) bool { return m.inodes[m.names[n].inode].mode&modeType == modeDir }
