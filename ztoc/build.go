@@ -131,14 +131,15 @@ type layer struct {
 	cur       *buffer
 	curAt     int
 	taken     int64 // bytes of the blob given to the walker
-	broken    bool  // the walker was given readErr
+	broken    bool  // the walker was given an error that is not the layer's fault
 	spans     *spanDigester
 	noRestart bool
 
 	diff    chan []byte
 	free    chan []byte
 	diffSum hash.Hash
-	pos     int64 // inflated bytes passed on
+	framer  *framer // takes the inflated layer too, in Derive
+	pos     int64   // inflated bytes passed on
 }
 
 func openLayer(r io.Reader, o *BuildOptions) *layer {
@@ -225,6 +226,12 @@ func (l *layer) Read(p []byte) (int, error) {
 			return 0, io.EOF
 		}
 		l.cur, l.curAt = b, 0
+		if l.framer != nil {
+			if err := l.framer.broken(); err != nil {
+				l.broken = true
+				return 0, err
+			}
+		}
 		l.taken += int64(len(b.b))
 		if !l.noRestart {
 			b.refs.Add(1)
@@ -270,6 +277,9 @@ func (l *layer) cut(s cut) error {
 // passInflated hands a piece of the inflated layer to whoever hashes it.
 func (l *layer) passInflated(b []byte) {
 	l.pos += int64(len(b))
+	if l.framer != nil {
+		l.framer.add(b)
+	}
 	if l.diff != nil {
 		l.diff <- append((<-l.free)[:0], b...)
 	}

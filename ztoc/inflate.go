@@ -3,8 +3,11 @@ package ztoc
 import (
 	"bytes"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"slices"
+
+	"github.com/klauspost/compress/zstd"
 
 	"github.com/muster-hpc/muster/ztoc/inflate"
 )
@@ -85,8 +88,11 @@ func inflateMember(f Format, dst, blob []byte) error {
 		return inflate.Span(dst, blob[n:], 0, nil)
 	}
 	b, err := unzstd(dst[:0:len(dst)], blob)
-	if err == nil && len(b) != len(dst) {
-		err = fmt.Errorf("%d bytes of %d", len(b), len(dst))
+	switch {
+	case errors.Is(err, zstd.ErrDecoderSizeExceeded):
+		return inflateStream(dst, blob) // the header of the next file follows in the same frame
+	case err == nil && len(b) != len(dst):
+		return fmt.Errorf("%d bytes of %d", len(b), len(dst))
 	}
 	return err
 }
