@@ -137,11 +137,30 @@ type replay struct {
 	at    int
 }
 
-// startReplay turns the profile into units, in its order, and tells Blobs of all of it.
+// startReplay has the spans of the configured profile loaded.
 func (s *Server) startReplay() {
+	if s.warm != nil {
+		s.warm.advise()
+	}
+	s.Ahead(s.cfg.Profile)
+}
+
+// Ahead has what p names loaded before readers ask for it, in its order and behind what earlier calls named: the
+// fetching of all of it starts now, inflating keeps within the budget for what nobody has read yet. It may be
+// called as soon as Serve runs, and returns at once.
+func (s *Server) Ahead(p Profile) {
+	units := s.unitsOf(p)
+	s.fetchAhead(units)
+	s.mu.Lock()
+	s.replay.units = append(s.replay.units, units...)
+	s.start()
+	s.mu.Unlock()
+}
+
+// unitsOf is the units that hold the ranges of p, each once, in p's order.
+func (s *Server) unitsOf(p Profile) (units []unitID) {
 	seen := map[unitID]bool{}
-	var units []unitID
-	for _, r := range s.cfg.Profile.Ranges {
+	for _, r := range p.Ranges {
 		if r.Layer < 0 || r.Layer >= len(s.layers) {
 			continue
 		}
@@ -157,27 +176,26 @@ func (s *Server) startReplay() {
 			at = next
 		}
 	}
-	if s.ahead != nil {
-		var ranges []ztoc.Range
-		for i, id := range units {
-			if id.source() == warmSource {
-				continue
-			}
-			l := s.layers[id.source()]
-			ranges = appendRange(ranges, l.Ztoc.Span(id.index()).Blob)
-			if i == len(units)-1 || units[i+1].source() != id.source() {
-				s.ahead.Prefetch(s.ctx, l.Ref, ranges)
-				ranges = nil
-			}
+	return units
+}
+
+// fetchAhead tells Blobs which compressed bytes units need.
+func (s *Server) fetchAhead(units []unitID) {
+	if s.ahead == nil {
+		return
+	}
+	var ranges []ztoc.Range
+	for i, id := range units {
+		if id.source() == warmSource {
+			continue
+		}
+		l := s.layers[id.source()]
+		ranges = appendRange(ranges, l.Ztoc.Span(id.index()).Blob)
+		if i == len(units)-1 || units[i+1].source() != id.source() {
+			s.ahead.Prefetch(s.ctx, l.Ref, ranges)
+			ranges = nil
 		}
 	}
-	if s.warm != nil {
-		s.warm.advise()
-	}
-	s.mu.Lock()
-	s.replay = replay{units: units}
-	s.start()
-	s.mu.Unlock()
 }
 
 // pump goes on with the replay as far as its budget goes: what was inflated ahead and not read yet counts. Spans
