@@ -161,9 +161,9 @@ func (s *Store) mapFile(f *os.File, name string, ref ztoc.BlobRef) (*file, error
 	if err != nil {
 		return nil, fmt.Errorf("%s: mmap: %w", f.Name(), err)
 	}
-	words := unsafe.Slice((*uint64)(unsafe.Pointer(&m[mapHeader])), wordsFor(ref.Size))
-	if ref.Size == 0 {
-		words = nil
+	var words []uint64
+	if ref.Size > 0 {
+		words = unsafe.Slice((*uint64)(unsafe.Pointer(&m[mapHeader])), wordsFor(ref.Size))
 	}
 	return &file{s: s, ref: ref, name: name, f: f, m: m, table: presence{words: words, size: ref.Size}}, nil
 }
