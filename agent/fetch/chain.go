@@ -139,7 +139,7 @@ type blob struct {
 	kept    keeper
 
 	// Guarded by Chain.mu.
-	flights []*flight // queued and running, by pos; [pos, end) never overlap
+	flights []*flight // queued and running, by end; [pos, end) never overlap
 	waiters map[*waiter]struct{}
 	rejects map[ztoc.Range]*reject
 }

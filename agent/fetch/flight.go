@@ -234,10 +234,14 @@ func (c *Chain) launch(b *blob, r ztoc.Range, cl class, o coverOptions) int64 {
 	}
 	// Not into what others bring or have just brought.
 	for _, g := range b.flights {
-		if g.end <= r.Start {
+		switch {
+		case g.end <= r.Start:
 			out.Start = max(out.Start, g.end)
-		} else if g.pos > r.Start {
-			out.End = min(out.End, max(g.base, r.Start+1))
+		case g.base > r.Start:
+			out.End = min(out.End, g.base)
+		default: // it brought these bytes once, and they were dropped
+			out.Start = max(out.Start, r.Start/blockSize*blockSize)
+			out.End = min(out.End, g.pos)
 		}
 	}
 	if out.End <= r.Start {
@@ -255,8 +259,7 @@ func (c *Chain) enqueue(f *flight, first bool) {
 	if f.want != nil {
 		f.want.flights++
 	}
-	i := sort.Search(len(f.b.flights), func(i int) bool { return f.b.flights[i].pos >= f.end })
-	f.b.flights = slices.Insert(f.b.flights, i, f)
+	f.b.flights = slices.Insert(f.b.flights, f.b.at(f.pos), f)
 	if first {
 		c.queue[f.class] = slices.Insert(c.queue[f.class], 0, f)
 	} else {
