@@ -1,3 +1,66 @@
-# placeholder until the first targets land; see README
+# What people and CI call. Everything is built static; make needs Go and nothing else, each target
+# that needs more installs it first through tests/setup (Debian packages, as root).
+
+GO      ?= go
+BIN     := build/muster
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+
+export CGO_ENABLED := 0
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-ztoc clean
+
 build:
-	CGO_ENABLED=0 go build -trimpath -o build/muster ./cmd/muster
+	$(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/muster
+
+# A registry inside the program, a real image in it, a program run from it lazily, and a plain pull
+# and unpack of the same image beside it.
+demo: build
+	tests/setup demo
+	$(BIN) demo
+
+setup:
+	tests/setup test
+
+# The gate runs every test package, counts, and fails when a test leaves a mount, a process or a
+# temporary file behind.
+test: setup lint build
+	$(GO) run ./tests/gate ./...
+
+unit: build
+	$(GO) run ./tests/gate $$($(GO) list ./... | grep -v /tests/e2e)
+
+e2e: setup build
+	$(GO) run ./tests/gate ./tests/e2e/...
+
+e2e-long: setup build
+	MUSTER_LONG=1 $(GO) run ./tests/gate -timeout 60m ./tests/e2e/...
+
+lint:
+	@out=$$($(GO) tool gofumpt -l .); if [ -n "$$out" ]; then echo "not formatted by gofumpt:"; echo "$$out"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+# The race detector needs cgo.
+race:
+	CGO_ENABLED=1 $(GO) run ./tests/gate -race $$($(GO) list ./... | grep -v /tests/e2e)
+
+# Every fuzz target there is, FUZZTIME each.
+FUZZTIME ?= 30s
+fuzz:
+	@set -e; grep -rl --include='*_test.go' '^func Fuzz' . | sort | while read -r f; do \
+		for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' "$$f"); do \
+			echo "== $$(dirname $$f) $$t"; \
+			$(GO) test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) "$$(dirname $$f)"; \
+		done; \
+	done
+
+# Each bench prints a table and writes build/bench/NAME.json.
+bench: bench-ztoc bench-read bench-start
+
+bench-start bench-read bench-ztoc: bench-%: build
+	tests/setup bench
+	$(GO) run ./tests/bench/$*
+
+clean:
+	rm -rf build

@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -38,17 +40,24 @@ var ErrNoFUSE = errors.New("FUSE is not usable here")
 const helperTimeout = 20 * time.Second
 
 // Mount mounts an empty connection on dir and returns its descriptor, on which Negotiate has to be
-// called next. As root, or as root of a user namespace that has its own mount namespace, it is mount(2);
-// otherwise fusermount3 does it. The descriptor is in blocking mode and close-on-exec.
+// called next. Whoever may mount in his user namespace (CAP_SYS_ADMIN), as root may, does it by mount(2);
+// for others fusermount3 does it. The descriptor is in blocking mode and close-on-exec.
 func Mount(ctx context.Context, dir string, o MountOptions) (*os.File, error) {
 	abs, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, err
 	}
-	if os.Geteuid() == 0 && !o.Helper {
+	if mayMount() && !o.Helper {
 		return mountDirect(abs, o)
 	}
 	return mountHelper(ctx, abs, o)
+}
+
+// mayMount reports whether this process has CAP_SYS_ADMIN, be it root or in a user namespace of its own.
+func mayMount() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	return unix.Capget(&header, &data[0]) == nil && data[0].Effective&(1<<unix.CAP_SYS_ADMIN) != 0
 }
 
 func (o MountOptions) source() string {
@@ -196,4 +205,73 @@ func wrapPath(op, path string, err error) error {
 		return nil
 	}
 	return &os.PathError{Op: op, Path: path, Err: err}
+}
+
+// A Connection is a mount as the kernel knows it.
+type Connection struct {
+	Major, Minor uint32 // the device number of its files; Minor also names /sys/fs/fuse/connections/Minor
+	Source       string // the first column of /proc/mounts
+}
+
+// Mounted finds the mount on dir in this process's mount namespace without touching it: also when its server is
+// dead. It is fs.ErrNotExist when nothing of ours is mounted there.
+func Mounted(dir string) (Connection, error) {
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return Connection{}, err
+	}
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return Connection{}, err
+	}
+	found := Connection{}
+	err = wrapPath("mount", abs, fs.ErrNotExist)
+	for line := range strings.Lines(string(b)) {
+		c, at, ok := parseMountinfo(line)
+		if ok && at == abs {
+			found, err = c, nil // the last one is on top
+		}
+	}
+	return found, err
+}
+
+// parseMountinfo reads "36 35 0:53 / /mnt ro,nosuid - fuse.muster muster#name ro,user_id=0".
+func parseMountinfo(line string) (c Connection, dir string, ok bool) {
+	front, back, ok := strings.Cut(line, " - ")
+	f, g := strings.Fields(front), strings.Fields(back)
+	if !ok || len(f) < 5 || len(g) < 2 || g[0] != "fuse."+Subtype {
+		return c, "", false
+	}
+	if _, err := fmt.Sscanf(f[2], "%d:%d", &c.Major, &c.Minor); err != nil {
+		return c, "", false
+	}
+	c.Source = unescape(g[1])
+	return c, unescape(f[4]), true
+}
+
+// unescape undoes the octal escapes of /proc/mounts.
+func unescape(s string) string {
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(n))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
+
+// SetReadahead tells the kernel how many bytes to read ahead in files of c. The protocol can only lower it from
+// 128 KiB. Only root of the host may; for others nothing changes.
+func (c Connection) SetReadahead(bytes int) error {
+	return os.WriteFile(fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", c.Major, c.Minor), []byte(strconv.Itoa(bytes>>10)), 0)
+}
+
+// Abort ends c at once: whoever waits for it gets an error, and so does whoever uses it later.
+func (c Connection) Abort() error {
+	return os.WriteFile(fmt.Sprintf("/sys/fs/fuse/connections/%d/abort", c.Minor), []byte("1"), 0)
 }

@@ -1,0 +1,154 @@
+// Package arrows keeps the arrows of docs/design.md section 3: which of our packages may import
+// which, and which one owns each outside library. It lists what is allowed, so a new import is a
+// decision that somebody writes down here.
+package arrows
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/muster-hpc/muster/"
+
+// allowed names, for each product package, the packages of ours that it may import, and why the list
+// is not longer.
+var allowed = map[string]struct {
+	imports []string
+	why     string
+}{
+	"ztoc/inflate":  {nil, "the decoder is arithmetic over bytes: it knows neither our words nor files"},
+	"ztoc":          {[]string{"ztoc/inflate"}, "ztoc holds the words everybody says; it imports nothing of ours but its decoder"},
+	"lazyfs/tree":   {[]string{"ztoc"}, "the table knows nothing of FUSE, stores or networks"},
+	"lazyfs":        {[]string{"lazyfs/tree", "ztoc"}, "the server reads through its own Blobs interface: it knows no store and no origin"},
+	"lazyfs/mountd": {[]string{"lazyfs", "lazyfs/tree", "ztoc", "agent/store"}, "a mount's process reads the store and links no registry client"},
+	"agent/origin":  {[]string{"ztoc"}, "origin knows how to ask registries, not what is done with the answers"},
+	"agent/store":   {[]string{"ztoc"}, "the store keeps ranges of blobs and knows nobody who fills or reads it"},
+	"agent/fetch":   {[]string{"ztoc"}, "the chain sees store and origin through interfaces that it owns"},
+	"agent/image": {
+		[]string{"agent/origin", "agent/store", "agent/fetch", "lazyfs", "lazyfs/tree", "ztoc"},
+		"image is the one place that puts an image together; mounting it is its caller's business",
+	},
+	"agent/runtime": {nil, "running a command over a root is about namespaces, not about images"},
+	"cmd/muster": {
+		[]string{
+			"agent/origin", "agent/store", "agent/fetch", "agent/image", "agent/runtime",
+			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "tests/registry", "tests/images",
+		},
+		"the command puts packages together; the demo alone uses the test registry and the test images",
+	},
+}
+
+// owners says where an outside library may be imported, tests and everything under tests/ included
+// where it says so.
+var owners = []struct {
+	library string
+	in      []string
+	tests   bool // may *_test.go files and packages under tests/ use it too
+	why     string
+}{
+	{"github.com/hanwen/go-fuse", []string{"lazyfs"}, false, "the FUSE protocol is lazyfs' subject alone"},
+	{"github.com/google/go-containerregistry", []string{"agent/origin"}, true, "only origin talks to registries, so only origin has to get tokens and redirects right"},
+	{"github.com/klauspost/compress", []string{"ztoc"}, true, "how layers are compressed is ztoc's subject alone"},
+	{"github.com/google/flatbuffers", []string{"ztoc"}, false, "SOCI's file format is ztoc's subject alone"},
+	{"github.com/spf13/cobra", []string{"cmd/muster"}, false, "flags and commands live in cmd and nowhere else"},
+	{"github.com/spf13/pflag", []string{"cmd/muster"}, false, "flags and commands live in cmd and nowhere else"},
+	{"github.com/spf13/viper", []string{"cmd/muster"}, false, "the configuration file is known to cmd only"},
+}
+
+// A mount lives long and there are many on a host: what its process links is memory on every one.
+var notLinked = map[string][]string{
+	"lazyfs/mountd": {"github.com/google/go-containerregistry", "github.com/hashicorp/memberlist", "github.com/prometheus"},
+	"lazyfs":        {"net/http"},
+	"ztoc":          {"net", "net/http"},
+}
+
+type pkg struct {
+	ImportPath                               string
+	Imports, TestImports, XTestImports, Deps []string
+}
+
+func list(t *testing.T) []pkg {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-json=ImportPath,Imports,TestImports,XTestImports,Deps", module+"...")
+	cmd.Dir = "../.."
+	out, err := cmd.Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			t.Fatalf("go list: %v\n%s", err, exit.Stderr)
+		}
+		t.Fatal(err)
+	}
+	var all []pkg
+	for d := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p pkg
+		if err := d.Decode(&p); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		p.ImportPath = strings.TrimPrefix(p.ImportPath, module)
+		all = append(all, p)
+	}
+	if len(all) < 3 {
+		t.Fatalf("go list found only %d packages", len(all))
+	}
+	return all
+}
+
+func TestArrows(t *testing.T) {
+	for _, p := range list(t) {
+		if strings.HasPrefix(p.ImportPath, "tests/") {
+			continue // what tests are made of may use everything
+		}
+		rule, known := allowed[p.ImportPath]
+		if !known {
+			t.Errorf("package %s is not in the list: say in docs/design.md section 3 what it is for, and here what it may import", p.ImportPath)
+			continue
+		}
+		for _, i := range p.Imports {
+			ours, ok := strings.CutPrefix(i, module)
+			if ok && !slices.Contains(rule.imports, ours) {
+				t.Errorf("%s imports %s: %s", p.ImportPath, ours, rule.why)
+			}
+		}
+	}
+}
+
+func TestOneLibraryOneOwner(t *testing.T) {
+	under := func(importPath, library string) bool {
+		return importPath == library || strings.HasPrefix(importPath, library+"/")
+	}
+	for _, p := range list(t) {
+		for _, o := range owners {
+			product := slices.ContainsFunc(p.Imports, func(i string) bool { return under(i, o.library) })
+			test := slices.ContainsFunc(slices.Concat(p.TestImports, p.XTestImports), func(i string) bool { return under(i, o.library) })
+			if strings.HasPrefix(p.ImportPath, "tests/") {
+				product, test = false, product || test
+			}
+			if slices.Contains(o.in, p.ImportPath) {
+				continue
+			}
+			if product || (test && !o.tests) {
+				t.Errorf("%s imports %s, which belongs to %s: %s", p.ImportPath, o.library, strings.Join(o.in, ", "), o.why)
+			}
+		}
+	}
+}
+
+func TestNotLinked(t *testing.T) {
+	for _, p := range list(t) {
+		for _, d := range p.Deps {
+			for _, bad := range notLinked[p.ImportPath] {
+				if d == bad || (strings.Contains(bad, ".") && strings.HasPrefix(d, bad)) {
+					t.Errorf("%s links %s, which it must not: a mount's process stays small, and ztoc touches no network", p.ImportPath, d)
+				}
+			}
+		}
+	}
+}
