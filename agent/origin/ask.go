@@ -375,7 +375,7 @@ func (r *remote) renewFailed(e *endpoint, c *call, f *refusal, err error) error 
 
 // send sends one request. On success the caller owns the answer's body.
 func (r *remote) send(ctx context.Context, e *endpoint, c *call, u *url.URL, same bool, header string) (*answer, error) {
-	ctx, stop := context.WithCancelCause(ctx)
+	own, stop := context.WithCancelCause(ctx)
 	a := &answer{e: e, stop: stop, t0: time.Now(), rec: Request{
 		Kind: c.kind, Method: c.method, Host: u.Host, Digest: c.digest, Range: c.rng, Mirror: e.mirror, Signed: !same, Attempt: c.tried,
 	}}
@@ -390,7 +390,7 @@ func (r *remote) send(ctx context.Context, e *endpoint, c *call, u *url.URL, sam
 			return nil, fmt.Errorf("reading what is to be pushed: %w", err)
 		}
 	}
-	req, err := http.NewRequestWithContext(ctx, a.rec.Method, u.String(), nil)
+	req, err := http.NewRequestWithContext(own, a.rec.Method, u.String(), nil)
 	if err != nil {
 		stop(nil)
 		return nil, a.refuse(r, c, elsewhere, ErrProtocol, "an address that cannot be used", "")

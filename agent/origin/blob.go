@@ -98,7 +98,7 @@ func (b *body) finish(err error) {
 	if b.a == nil {
 		return
 	}
-	if err == nil && b.a.ContentLength < 0 || b.w.left > 4<<10 {
+	if err == nil && (b.a.ContentLength < 0 || b.w.left > 4<<10) {
 		err = errClosed // an unknown or long rest is not read: the connection is cheaper than that
 	}
 	b.a.rec.Bytes = b.w.n
