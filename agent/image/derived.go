@@ -1,0 +1,137 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/agent/store"
+	"github.com/muster-hpc/muster/ztoc"
+)
+
+// A derivedOrigin is the origin as the chain sees it: the repository, and for derived blobs, which no
+// registry has, the layer they are made from. Re-framing is deterministic, so that what is made
+// again is the same blob.
+type derivedOrigin struct {
+	o  *opener
+	mu sync.Mutex
+	// layers are by derived blob.
+	layers map[ztoc.Digest]origin.Descriptor
+}
+
+func (d *derivedOrigin) enter(blob ztoc.Digest, layer origin.Descriptor) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.layers[blob] = layer
+}
+
+// Blob opens bytes r of a blob. Those of a derived blob are made by re-framing its layer from the
+// beginning, which happens only after it was evicted under a live mount.
+func (d *derivedOrigin) Blob(ctx context.Context, blob ztoc.Digest, r ztoc.Range) (io.ReadCloser, error) {
+	d.mu.Lock()
+	layer, derived := d.layers[blob]
+	d.mu.Unlock()
+	if !derived {
+		return d.o.Repo.Blob(ctx, blob, r)
+	}
+	src, err := d.o.chain.Stream(ctx, layer.Ref())
+	if err != nil {
+		return nil, err
+	}
+	pr, pw := io.Pipe()
+	go func() {
+		defer src.Close()
+		_, _, err := ztoc.Derive(src, &window{w: pw, skip: r.Start, left: r.Len()}, d.o.buildOptions(layer))
+		if errors.Is(err, errEnough) {
+			err = nil
+		}
+		pw.CloseWithError(err) // ends the reader; nil is io.EOF
+	}()
+	return pr, nil
+}
+
+// errEnough ends a re-framing whose rest nobody needs.
+var errEnough = errors.New("enough")
+
+// A window passes on left bytes after skipping some.
+type window struct {
+	w          io.Writer
+	skip, left int64
+}
+
+func (w *window) Write(p []byte) (int, error) {
+	n := len(p)
+	k := min(w.skip, int64(len(p)))
+	w.skip -= k
+	p = p[k:]
+	p = p[:min(w.left, int64(len(p)))]
+	if len(p) > 0 {
+		if _, err := w.w.Write(p); err != nil {
+			return 0, err
+		}
+		w.left -= int64(len(p))
+	}
+	if w.left == 0 {
+		return n, errEnough
+	}
+	return n, nil
+}
+
+// derive re-frames a layer into a derived blob in the store and returns its view.
+func (o *opener) derive(r io.Reader, opts ztoc.BuildOptions) (*ztoc.Ztoc, error) {
+	// The blob's name is known when its last byte is, so it is written aside first, to a file without a
+	// name: nothing is left of it whatever happens.
+	fd, err := unix.Open(o.Store.Dir(), unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, &os.PathError{Op: "make a temporary file in", Path: o.Store.Dir(), Err: err}
+	}
+	tmp := os.NewFile(uintptr(fd), o.Store.Dir()+"/(derived)")
+	defer tmp.Close()
+	z, _, err := ztoc.Derive(r, tmp, opts)
+	if err != nil {
+		return nil, err
+	}
+	return z, o.adopt(tmp, ztoc.BlobRef{Digest: z.Blob, Size: z.BlobSize})
+}
+
+// adopt copies a file into the store as blob ref.
+func (o *opener) adopt(f *os.File, ref ztoc.BlobRef) error {
+	b, err := o.Store.Blob(ref)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	buf := make([]byte, 1<<20)
+	for off := int64(0); off < ref.Size; {
+		n, err := f.ReadAt(buf[:min(int64(len(buf)), ref.Size-off)], off)
+		if n == 0 && err != nil {
+			return err
+		}
+		switch err := b.WriteAt(buf[:n], off); {
+		case errors.Is(err, store.ErrNoSpace):
+			// Reads of it will be slow, each made from the layer; they will not be wrong.
+			o.Log.Warn("a derived blob is not kept: reads of its layer start from the beginning each time",
+				"blob", ref.Digest, "bytes", ref.Size, "cause", err)
+			return nil
+		case err != nil:
+			return fmt.Errorf("keeping a derived blob: %w", err)
+		}
+		off += int64(n)
+	}
+	return nil
+}
+
+func (o *opener) hasBlob(ref ztoc.BlobRef) bool {
+	b, err := o.Store.Blob(ref)
+	if err != nil {
+		return false
+	}
+	defer b.Close()
+	return b.Complete()
+}

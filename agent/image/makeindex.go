@@ -1,0 +1,230 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+
+	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/ztoc"
+)
+
+// IndexOptions say what goes into an index.
+type IndexOptions struct {
+	// MinLayer leaves out layers smaller than this many bytes; they are fetched whole anyway. 0: 4 MiB.
+	MinLayer int64
+	// PlainSOCI leaves out what only muster reads (packed tables, profile).
+	PlainSOCI bool
+}
+
+// An Index is a SOCI version 1 index of an image, ready to be pushed. SOCI reads it; muster finds its packed
+// tables beside SOCI's and the start-up profile, if one was recorded.
+type Index struct {
+	Digest   ztoc.Digest  `json:"digest"`
+	Subject  ztoc.Digest  `json:"subject"` // the image's manifest
+	Layers   []IndexLayer `json:"layers"`
+	Profile  int64        `json:"profileBytes"` // 0: none
+	Manifest []byte       `json:"-"`
+	blobs    map[ztoc.Digest][]byte
+}
+
+// An IndexLayer says what an index has of one layer.
+type IndexLayer struct {
+	Digest ztoc.Digest `json:"digest"`
+	Size   int64       `json:"size"`
+	SOCI   int64       `json:"sociBytes"`        // of the ztoc in SOCI's form; 0: not in that form
+	Packed int64       `json:"packedBytes"`      // of the ztoc in muster's form; 0: none
+	Reason string      `json:"reason,omitempty"` // why the layer is not in the index, or not for SOCI
+}
+
+// ociManifest is an OCI image manifest with its fields in the order in which SOCI writes them: it
+// writes what it has read again and expects the same digest. Hence no artifactType either.
+type ociManifest struct {
+	SchemaVersion int               `json:"schemaVersion"`
+	MediaType     string            `json:"mediaType"`
+	Config        descriptor        `json:"config"`
+	Layers        []descriptor      `json:"layers"`
+	Subject       *descriptor       `json:"subject,omitempty"`
+	Annotations   map[string]string `json:"annotations,omitempty"`
+}
+
+// emptyConfig is the config blob of every index; its identity is its media type.
+const emptyConfig = "{}"
+
+// MakeIndex makes an index from the views the image was opened with.
+func (im *Image) MakeIndex(o IndexOptions) (*Index, error) {
+	if o.MinLayer <= 0 {
+		o.MinLayer = wholeBelow
+	}
+	x := &Index{Subject: im.Resolved.Digest, blobs: map[ztoc.Digest][]byte{}}
+	m := ociManifest{
+		SchemaVersion: 2,
+		MediaType:     origin.MediaTypeManifest,
+		Config:        x.blob(sociIndexV1, []byte(emptyConfig), nil),
+		Layers:        []descriptor{},
+		Subject:       &descriptor{MediaType: im.Resolved.MediaType, Digest: string(im.Resolved.Digest), Size: int64(len(im.Resolved.Manifest))},
+		Annotations:   map[string]string{sociBuildTool: im.o.Tool},
+	}
+	var packed []descriptor
+	for i, l := range im.Resolved.Layers {
+		il := IndexLayer{Digest: l.Digest, Size: l.Size}
+		z, _ := im.config.Layers[i].Ztoc.(*ztoc.Ztoc)
+		switch {
+		case duplicateOf(im.Resolved.Layers, i) >= 0:
+			il.Reason = "the same blob as a layer below"
+		case l.Size < o.MinLayer:
+			il.Reason = "small: fetched whole"
+		case z.Blob != l.Digest:
+			il.Reason = "it has no restart points in the registry's form"
+		case z.Format == ztoc.FormatEStargz || z.Format == ztoc.FormatZstdChunked:
+			il.Reason = z.Format.String() + " brings its own table"
+		default:
+			d, p, err := x.tables(l, z, o.PlainSOCI, &il)
+			if err != nil {
+				return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
+			}
+			m.Layers = append(m.Layers, d...)
+			packed = append(packed, p...)
+		}
+		x.Layers = append(x.Layers, il)
+	}
+	m.Layers = append(m.Layers, packed...)
+	if !o.PlainSOCI {
+		if p := im.keptProfile(); len(p) > 0 {
+			m.Layers = append(m.Layers, x.blob(startProfile, p, nil))
+			x.Profile = int64(len(p))
+		}
+	}
+	if len(m.Layers) == 0 {
+		return nil, fmt.Errorf("image %s: %w: no layer needs an index (%s)", im.Resolved.Ref, ErrNoIndexNeeded, reasons(x.Layers))
+	}
+	var err error
+	if x.Manifest, err = json.Marshal(m); err != nil {
+		return nil, err
+	}
+	x.Digest = ztoc.DigestOf(x.Manifest)
+	return x, nil
+}
+
+// ErrNoIndexNeeded says that an index of the image would be empty.
+var ErrNoIndexNeeded = errors.New("nothing to index")
+
+// tables adds the tables of one layer in both forms.
+func (x *Index) tables(l origin.Descriptor, z *ztoc.Ztoc, plain bool, il *IndexLayer) (soci, packed []descriptor, err error) {
+	b, err := ztoc.EncodeSOCI(z)
+	switch {
+	case errors.Is(err, ztoc.ErrUnsupported):
+		il.Reason = fmt.Sprintf("not for SOCI: %v", err)
+	case err != nil:
+		return nil, nil, err
+	default:
+		il.SOCI = int64(len(b))
+		soci = append(soci, x.blob(sociZtoc, b, map[string]string{
+			sociLayerDigest: string(l.Digest),
+			sociLayerType:   l.MediaType,
+			sociSpanSize:    strconv.FormatInt(z.SpanSize, 10),
+		}))
+	}
+	if plain {
+		return soci, nil, nil
+	}
+	if b, err = ztoc.Pack(z); err != nil {
+		return nil, nil, err
+	}
+	il.Packed = int64(len(b))
+	packed = append(packed, x.blob(packedZtoc, b, map[string]string{packedLayer: string(l.Digest)}))
+	return soci, packed, nil
+}
+
+func (x *Index) blob(mediaType string, b []byte, annotations map[string]string) descriptor {
+	d := ztoc.DigestOf(b)
+	x.blobs[d] = b
+	return descriptor{MediaType: mediaType, Digest: string(d), Size: int64(len(b)), Annotations: annotations}
+}
+
+// Push uploads the index beside the image: its blobs, then its manifest, entered as a referrer of the
+// image (by the registry, or in the fallback tag where it cannot).
+func (x *Index) Push(ctx context.Context, repo origin.Repository) error {
+	for d, b := range x.blobs {
+		err := repo.PushBlob(ctx, ztoc.BlobRef{Digest: d, Size: int64(len(b))}, func() (io.ReadCloser, error) {
+			return io.NopCloser(bytes.NewReader(b)), nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	_, err := repo.PushManifest(ctx, origin.MediaTypeManifest, x.Manifest, "")
+	return err
+}
+
+// A ListedIndex is an index found beside an image.
+type ListedIndex struct {
+	Digest  ztoc.Digest `json:"digest"`
+	Version string      `json:"version"` // of SOCI's format: "v1" by referrers, "v2" named by the manifest
+	Layers  int         `json:"layers"`  // with a ztoc in either form
+	Packed  int         `json:"packed"`  // of them in muster's form
+	Bytes   int64       `json:"bytes"`   // what muster would fetch
+	Profile bool        `json:"profile"`
+	Reason  string      `json:"reason,omitempty"` // why it cannot be used
+}
+
+// ListIndexes looks for the indexes beside the image repo was opened for. None is no error; why then
+// says what the registry answered.
+func ListIndexes(ctx context.Context, repo origin.Repository, platform string) (list []ListedIndex, why string, err error) {
+	img, err := repo.Resolve(ctx, platform)
+	if err != nil {
+		return nil, "", err
+	}
+	add := func(version, digest string) {
+		l := ListedIndex{Digest: ztoc.Digest(digest), Version: version}
+		ix, err := readIndex(ctx, repo, digest)
+		if err != nil {
+			l.Reason = err.Error()
+		} else {
+			l.fill(ix)
+		}
+		list = append(list, l)
+	}
+	if d := firstNonEmpty(img.Annotations[sociIndexDigest], img.IndexDescriptor.Annotations[sociIndexDigest]); d != "" {
+		add("v2", d)
+	}
+	refs, err := repo.Referrers(ctx, img.Digest, sociIndexV1)
+	if err != nil {
+		return nil, "", err
+	}
+	for _, d := range refs.Manifests {
+		add("v1", string(d.Digest))
+	}
+	return list, firstNonEmpty(refs.Reason, "the image has no index"), nil
+}
+
+func (l *ListedIndex) fill(ix *foundIndex) {
+	for layer, d := range ix.soci {
+		l.Layers++
+		if _, ok := ix.packed[layer]; !ok {
+			l.Bytes += d.Size
+		}
+	}
+	for layer, d := range ix.packed {
+		l.Packed++
+		l.Bytes += d.Size
+		if _, ok := ix.soci[layer]; !ok {
+			l.Layers++
+		}
+	}
+	if ix.profile != nil {
+		l.Profile = true
+		l.Bytes += ix.profile.Size
+	}
+}
+
+func reasons(layers []IndexLayer) string {
+	if len(layers) == 0 {
+		return "it has no layers"
+	}
+	return layers[0].Reason
+}

@@ -1,0 +1,155 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+
+	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/agent/store"
+	"github.com/muster-hpc/muster/lazyfs"
+	"github.com/muster-hpc/muster/lazyfs/tree"
+	"github.com/muster-hpc/muster/ztoc"
+)
+
+// maxProfile bounds an encoded profile that comes with an index, bytes.
+const maxProfile = 1 << 20
+
+// startKey names the profile and the warm file of an image. Both speak of offsets in inflated layers, and a
+// layer that brings its own table is inflated to something else than its tar archive.
+func startKey(img origin.Image, views []*view) string {
+	s := "start 1 " + string(img.Digest)
+	for _, v := range views {
+		s += map[bool]string{false: " tar", true: " chunks"}[v.ztoc.Format == ztoc.FormatEStargz || v.ztoc.Format == ztoc.FormatZstdChunked]
+	}
+	return store.Key(s)
+}
+
+// loadProfile gives the mount what is known of the image's start, and says what that is.
+func (im *Image) loadProfile() string {
+	b := im.keptProfile()
+	if len(b) == 0 {
+		return "guess"
+	}
+	p, err := lazyfs.DecodeProfile(b)
+	if err != nil {
+		im.o.Log.Warn("a start-up profile is not used", "cause", err)
+		return "guess"
+	}
+	im.config.Profile = p
+	if w, err := im.o.Store.Get(store.KindWarm, im.startKey); err == nil {
+		im.config.Warm = w
+		return "warm"
+	}
+	return "profile"
+}
+
+// keptProfile is the encoded profile of the image, or nothing.
+func (im *Image) keptProfile() []byte {
+	f, err := im.o.Store.Get(store.KindProfile, im.startKey)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxProfile+1))
+	if err != nil || len(b) > maxProfile {
+		return nil
+	}
+	return b
+}
+
+// fetchProfile keeps the profile that came with an index, unless there is one from here.
+func (o *opener) fetchProfile(ctx context.Context, ix *foundIndex, key string) {
+	if ix == nil || ix.profile == nil {
+		return
+	}
+	if f, err := o.Store.Get(store.KindProfile, key); err == nil {
+		f.Close()
+		return
+	}
+	b, err := origin.ReadBlob(ctx, o.Repo, *ix.profile, maxProfile)
+	if err == nil {
+		_, err = lazyfs.DecodeProfile(b)
+	}
+	if err == nil {
+		err = o.put(store.KindProfile, key, b)
+	}
+	if err != nil {
+		o.Log.Info("the index's start-up profile is not used", "cause", err)
+	}
+}
+
+func (o *opener) put(kind store.Kind, key string, b []byte) error {
+	return o.Store.Put(kind, key, func(w io.Writer) error {
+		_, err := w.Write(b)
+		return err
+	})
+}
+
+// keepProfile merges what a mount recorded into the kept profile.
+func (im *Image) keepProfile(p lazyfs.Profile) {
+	if old, err := lazyfs.DecodeProfile(im.keptProfile()); err == nil {
+		before := old.Bytes()
+		p = old.Merge(p)
+		if p.Bytes() == before {
+			return
+		}
+		// The warm file lacks what is new. It is made again at a quiet moment of the next mount.
+		if err := im.o.Store.Delete(store.KindWarm, im.startKey); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			im.o.Log.Debug("an outdated warm file stays", "cause", err)
+		}
+	}
+	if err := im.o.put(store.KindProfile, im.startKey, p.Encode()); err != nil {
+		im.o.Log.Warn("the start-up profile is not kept", "cause", err)
+	}
+}
+
+// A Server is what the image asks of the lazyfs.Server that serves it.
+type Server interface {
+	ReadFile(ctx context.Context, row tree.Row, p []byte, off int64) (int, error)
+	Ahead(p lazyfs.Profile)
+}
+
+// Guess has s fetch ahead what the command will probably touch first, when nothing better is known. It returns
+// when the guess is made, long before everything has arrived; run it beside the mount.
+func (im *Image) Guess(ctx context.Context, s Server) {
+	if im.start != "guess" {
+		return
+	}
+	args := im.o.Command
+	if len(args) == 0 {
+		args = append(append(args, im.Resolved.ConfigFile.Entrypoint...), im.Resolved.ConfigFile.Cmd...)
+	}
+	g := &guesser{
+		table: im.table,
+		env:   im.Resolved.ConfigFile.Env,
+		seen:  map[tree.Row]bool{},
+		open: func(ctx context.Context, row tree.Row) io.ReaderAt {
+			return readerAt(func(p []byte, off int64) (int, error) { return s.ReadFile(ctx, row, p, off) })
+		},
+		found: func(row tree.Row) { s.Ahead(im.fileProfile(row)) },
+	}
+	g.guess(ctx, args)
+}
+
+// fileProfile is the beginning of a file as a profile.
+func (im *Image) fileProfile(row tree.Row) (p lazyfs.Profile) {
+	size := min(im.table.Size(row), guessFile)
+	for off := int64(0); off < size; {
+		e := im.table.Extent(row, off)
+		if e.Len <= 0 {
+			break
+		}
+		n := min(e.Len, size-off)
+		if e.Layer >= 0 {
+			p.Ranges = append(p.Ranges, lazyfs.ProfileRange{Layer: e.Layer, Start: e.Offset, End: e.Offset + n})
+		}
+		off += n
+	}
+	return p
+}
+
+type readerAt func(p []byte, off int64) (int, error)
+
+func (f readerAt) ReadAt(p []byte, off int64) (int, error) { return f(p, off) }
