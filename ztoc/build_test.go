@@ -76,7 +76,10 @@ func text(seed uint64, n int) []byte {
 
 // someFiles is a small tree with n files of contents that differ.
 func someFiles(n int) []file {
-	fs := []file{{hdr: tar.Header{Typeflag: tar.TypeDir, Name: "usr/", Mode: 0o755, ModTime: time.Unix(1700000000, 0)}}}
+	fs := []file{
+		{hdr: tar.Header{Typeflag: tar.TypeDir, Name: "usr/", Mode: 0o755, ModTime: time.Unix(1700000000, 0)}},
+		{hdr: tar.Header{Typeflag: tar.TypeDir, Name: "usr/lib/", Mode: 0o755, ModTime: time.Unix(1700000000, 0)}},
+	}
 	for i := range n {
 		fs = append(fs, file{
 			hdr:  tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("usr/lib/file-%04d", i), Mode: 0o644, Uid: i % 3, ModTime: time.Unix(1700000000+int64(i), 0)},

@@ -1,7 +1,6 @@
 package ztoc
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"fmt"
 	"hash"
@@ -175,24 +174,3 @@ func (f *framer) finish() error {
 	<-f.done
 	return f.err
 }
-
-// inflateStream inflates the first len(dst) bytes of zstd frames that may hold more.
-func inflateStream(dst, blob []byte) error {
-	d := streamDecoders.Get().(*zstd.Decoder)
-	defer streamDecoders.Put(d)
-	if err := d.Reset(bytes.NewReader(blob)); err != nil {
-		return err
-	}
-	_, err := io.ReadFull(d, dst)
-	// Let go of blob; the decoder has no goroutines that would.
-	_ = d.Reset(nil)
-	return err
-}
-
-var streamDecoders = sync.Pool{New: func() any {
-	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxSpan))
-	if err != nil {
-		panic(err) // constant options
-	}
-	return d
-}}

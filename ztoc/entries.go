@@ -372,9 +372,9 @@ func (t *entryTable) decode() ([]Entry, error) {
 	if sha256.Sum256(t.packed) != t.sum {
 		return nil, fmt.Errorf("%w: entries", ErrMismatch)
 	}
-	raw, err := unzstd(make([]byte, 0, t.raw), t.packed)
-	if err != nil || int64(len(raw)) != t.raw {
-		return nil, fmt.Errorf("%w: entries: %d bytes of %d: %w", ErrInvalid, len(raw), t.raw, err)
+	raw := make([]byte, t.raw)
+	if err := unzstdExact(raw, t.packed); err != nil {
+		return nil, fmt.Errorf("%w: entries: %w", ErrInvalid, err)
 	}
 	r := entryReader{s: string(raw)}
 	es := make([]Entry, 0, t.n)

@@ -3,11 +3,8 @@ package ztoc
 import (
 	"bytes"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"slices"
-
-	"github.com/klauspost/compress/zstd"
 
 	"github.com/muster-hpc/muster/ztoc/inflate"
 )
@@ -43,11 +40,7 @@ func (z *Ztoc) Inflate(dst []byte, i int, blob []byte) error {
 			return fmt.Errorf("%w: span %d: %w", ErrIndex, i, err)
 		}
 	case FormatZstd:
-		b, err := unzstd(dst[:0:len(dst)], blob)
-		if err == nil && len(b) != len(dst) {
-			err = fmt.Errorf("%d bytes of %d", len(b), len(dst))
-		}
-		if err != nil {
+		if err := unzstdExact(dst, blob); err != nil {
 			return fmt.Errorf("%w: span %d: %w", ErrIndex, i, err)
 		}
 	}
@@ -87,14 +80,10 @@ func inflateMember(f Format, dst, blob []byte) error {
 		}
 		return inflate.Span(dst, blob[n:], 0, nil)
 	}
-	b, err := unzstd(dst[:0:len(dst)], blob)
-	switch {
-	case errors.Is(err, zstd.ErrDecoderSizeExceeded):
-		return inflateStream(dst, blob) // the header of the next file follows in the same frame
-	case err == nil && len(b) != len(dst):
-		return fmt.Errorf("%d bytes of %d", len(b), len(dst))
+	if unzstdExact(dst, blob) == nil {
+		return nil
 	}
-	return err
+	return inflateStream(dst, blob) // the header of the next file may follow in the same frame
 }
 
 // gzipHeader is the length of the gzip header that b starts with (RFC 1952).

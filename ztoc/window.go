@@ -1,9 +1,11 @@
 package ztoc
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"sync"
 
 	"github.com/klauspost/compress/zstd"
@@ -33,6 +35,53 @@ var (
 
 // unzstd appends what src inflates to, never beyond dst's capacity: the caller's buffer is the bound.
 func unzstd(dst, src []byte) ([]byte, error) { return decoders().DecodeAll(src, dst) }
+
+// unzstdExact inflates src to exactly len(dst) bytes.
+func unzstdExact(dst, src []byte) error {
+	b, err := unzstd(dst[:0:len(dst)], src)
+	if err == nil && len(b) != len(dst) {
+		err = fmt.Errorf("%d bytes of %d", len(b), len(dst))
+	}
+	return err
+}
+
+// inflateStream inflates the first len(dst) bytes of zstd frames that may hold more.
+func inflateStream(dst, blob []byte) error {
+	n, err := readStream(dst, blob)
+	if err == nil && n < len(dst) {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// readStream inflates frames until dst is full or they end, which is no error.
+func readStream(dst, blob []byte) (n int, err error) {
+	d := streamDecoders.Get().(*zstd.Decoder)
+	defer streamDecoders.Put(d)
+	if err := d.Reset(bytes.NewReader(blob)); err != nil {
+		return 0, err
+	}
+	defer func() { _ = d.Reset(nil) }() // let go of blob
+	for n < len(dst) {
+		m, err := d.Read(dst[n:])
+		n += m
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+var streamDecoders = sync.Pool{New: func() any {
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxSpan))
+	if err != nil {
+		panic(err) // constant options
+	}
+	return d
+}}
 
 // windowBuffers holds arrays of windowSize, so that inflating a span allocates nothing.
 var windowBuffers = sync.Pool{New: func() any { return new([windowSize]byte) }}
@@ -98,9 +147,8 @@ func unpackWindow(w *[windowSize]byte, kind uint8, packed []byte) error {
 		}
 		return nil
 	case windowZstd:
-		b, err := unzstd(w[:0], packed)
-		if err != nil || len(b) != windowSize {
-			return fmt.Errorf("%w: window inflates to %d bytes: %w", ErrIndex, len(b), err)
+		if err := unzstdExact(w[:], packed); err != nil {
+			return fmt.Errorf("%w: window: %w", ErrIndex, err)
 		}
 		return nil
 	}

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-
-	"github.com/klauspost/compress/zstd"
 )
 
 // The zstd frame format (RFC 8878, section 3.1) as far as it takes to find where frames end.
@@ -129,11 +127,7 @@ func (f *frameReader) next() error {
 			return err
 		}
 		f.blob = Range{f.at, f.at + int64(len(f.frame))}
-		size := int(h.content)
-		if size < 0 {
-			size = min(int(f.limit), 4*len(f.frame)+zstdMaxBlock)
-		}
-		if err := f.inflate(size); err != nil {
+		if err := f.inflate(h.content); err != nil {
 			return err
 		}
 		f.at = f.blob.End
@@ -183,26 +177,38 @@ func (f *frameReader) read(n int) error {
 	return ended(err)
 }
 
-func (f *frameReader) inflate(size int) error {
-	for {
-		if cap(f.out) < size {
-			f.out = make([]byte, 0, size)
-		}
-		var err error
-		f.out, err = unzstd(f.out[:0:max(size, cap(f.out))], f.frame)
-		switch {
-		case err == nil && int64(len(f.out)) > f.limit:
-			return errBigFrame
-		case err == nil:
-			return nil
-		case !errors.Is(err, zstd.ErrDecoderSizeExceeded):
-			return fmt.Errorf("%w: zstd frame at %d: %w", ErrInvalid, f.at, err)
-		case int64(size) >= f.limit:
-			return errBigFrame
-		}
-		f.out = f.out[:0]
-		size = min(int(f.limit), max(4*size, 2*cap(f.out)))
+// inflate inflates the frame to size bytes, -1: as many as there are, up to the limit.
+func (f *frameReader) inflate(size int64) error {
+	malformed := func(err error) error {
+		return fmt.Errorf("%w: zstd frame at %d: %w", ErrInvalid, f.at, err)
 	}
+	if size >= 0 {
+		f.grow(int(size))
+		if err := unzstdExact(f.out, f.frame); err != nil {
+			return malformed(err)
+		}
+		return nil
+	}
+	for size = min(f.limit+1, 4*int64(len(f.frame))+zstdMaxBlock); ; size = min(f.limit+1, 4*size) {
+		f.grow(int(size))
+		n, err := readStream(f.out, f.frame)
+		switch {
+		case err != nil:
+			return malformed(err)
+		case int64(n) > f.limit:
+			return errBigFrame
+		case int64(n) < size:
+			f.out = f.out[:n]
+			return nil
+		}
+	}
+}
+
+func (f *frameReader) grow(n int) {
+	if cap(f.out) < n {
+		f.out = make([]byte, n)
+	}
+	f.out = f.out[:n]
 }
 
 // ended says that data which must follow does not.
