@@ -64,7 +64,10 @@ type opener struct {
 	chain   *fetch.Chain
 	derived derivedOrigin
 	maps    mappings
-	index   *foundIndex // set by findViews when an index was needed and found
+	// documents is the bytes of manifests, indexes and their tables that came from the origin. Open adds to it
+	// from one goroutine at a time.
+	documents int64
+	index     *foundIndex // set by findViews when an index was needed and found
 }
 
 // Open opens an image; see the package comment. It may pull whole layers, and ends with ctx.
@@ -133,6 +136,7 @@ func (o *opener) resolve(ctx context.Context) (offline bool, err error) {
 	}
 	o.img, err = o.Repo.Resolve(ctx, o.Platform)
 	if err == nil {
+		o.documents += int64(len(o.img.Manifest) + len(o.img.Config) + len(o.img.IndexManifest))
 		o.keepImage(ref)
 		return false, nil
 	}
@@ -324,14 +328,18 @@ type Summary struct {
 	Notes    []string      `json:"notes,omitempty"`
 	Took     []Phase       `json:"phases"`
 	Fetched  fetch.Stats   `json:"fetched"`
+	// Bytes is everything that came from the origin: manifests, indexes and ranges of layers.
+	Bytes int64 `json:"origin_bytes"`
 }
 
 // Summary says how the image was opened and what it cost up to now.
 func (im *Image) Summary() Summary {
+	fetched := im.Fetched()
 	return Summary{
 		Image: im.Resolved.Ref.String(), Digest: im.Resolved.Digest, Platform: im.Resolved.Platform,
 		Offline: im.Offline, Start: im.start, Layers: im.Layers, Inodes: im.Tree.Inodes, Notes: im.Notes,
-		Took: im.o.Progress.Phases(), Fetched: im.Fetched(),
+		Took: im.o.Progress.Phases(), Fetched: fetched,
+		Bytes: fetched.OriginBytes + im.o.documents,
 	}
 }
 

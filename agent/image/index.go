@@ -39,6 +39,7 @@ const maxIndexBlob = 1 << 30
 // A foundIndex is an index beside an image: for each layer that it covers, where its table is.
 type foundIndex struct {
 	Digest  ztoc.Digest
+	size    int64                             // of its manifest, bytes
 	packed  map[ztoc.Digest]origin.Descriptor // by layer
 	soci    map[ztoc.Digest]origin.Descriptor // by layer
 	profile *origin.Descriptor
@@ -113,7 +114,7 @@ func parseIndex(m origin.Manifest) (*foundIndex, error) {
 	if kind != sociIndexV1 && kind != sociIndexV2 {
 		return nil, fmt.Errorf("%w: its type is %.80q", errNotIndex, kind)
 	}
-	ix := &foundIndex{Digest: m.Digest, packed: map[ztoc.Digest]origin.Descriptor{}, soci: map[ztoc.Digest]origin.Descriptor{}}
+	ix := &foundIndex{Digest: m.Digest, size: int64(len(m.Body)), packed: map[ztoc.Digest]origin.Descriptor{}, soci: map[ztoc.Digest]origin.Descriptor{}}
 	for _, b := range append(doc.Layers, doc.Blobs...) {
 		digest, err := ztoc.ParseDigest(b.Digest)
 		if err != nil || b.Size <= 0 || b.Size > maxIndexBlob {

@@ -69,6 +69,7 @@ func (o *opener) fetchProfile(ctx context.Context, ix *foundIndex, key string) {
 		return
 	}
 	b, err := origin.ReadBlob(ctx, o.Repo, *ix.profile, maxProfile)
+	o.documents += int64(len(b))
 	if err == nil {
 		_, err = lazyfs.DecodeProfile(b)
 	}

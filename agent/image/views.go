@@ -102,6 +102,14 @@ func (o *opener) findViews(ctx context.Context) ([]*view, error) {
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
+	for _, v := range views {
+		if v.report.Mode == ModeIndex {
+			o.documents += v.report.Index
+		}
+	}
+	if o.index != nil {
+		o.documents += o.index.size
+	}
 	return views, nil
 }
 

@@ -153,7 +153,7 @@ func (b *bench) prepare(ctx context.Context, name string) error {
 		return err
 	}
 	for _, indexed := range []bool{false, true} {
-		if err := registry.Push(ctx, layout, im.ref(b.lab, indexed)); err != nil {
+		if err := push(ctx, im.ref(b.lab, indexed), layout); err != nil {
 			return err
 		}
 	}
@@ -170,7 +170,7 @@ func (b *bench) prepare(ctx context.Context, name string) error {
 }
 
 func (b *bench) command(store string, args ...string) *exec.Cmd {
-	return exec.Command(b.muster, append([]string{"--store", store, "--quiet"}, args...)...)
+	return exec.Command(b.muster, append([]string{"--store-dir", store, "--quiet"}, args...)...)
 }
 
 func (b *bench) round(ctx context.Context, link int, im *image) error {
@@ -244,7 +244,7 @@ func (b *bench) lazily(link int, im *image, c command, indexed bool, store strin
 	if err != nil {
 		return err
 	}
-	b.add(key(im, c, link, how+" bytes"), float64(r.fetched()))
+	b.add(key(im, c, link, how+" bytes"), float64(r.Bytes))
 	b.add(key(im, c, link, how+" inflated"), float64(r.inflated()))
 	return nil
 }
@@ -374,29 +374,21 @@ func (b *bench) floor(link int, im *image, c command, how string) float64 {
 
 // A runReport is what `muster run --report` writes, as far as it is needed here.
 type runReport struct {
-	Image struct {
-		Layers []struct {
-			Mode     string `json:"mode"`
-			Index    int64  `json:"indexBytes"`
-			Inflated int64  `json:"inflatedBytes"`
-		} `json:"layers"`
-	} `json:"image"`
-	Origin struct {
-		Bytes int64 `json:"bytes"`
-	} `json:"origin"`
-	Mount struct {
+	Layers []struct {
+		Mode     string `json:"mode"`
+		Inflated int64  `json:"inflatedBytes"`
+	} `json:"layers"`
+	Bytes  int64 `json:"origin_bytes"` // manifests, index, layers
+	Server struct {
 		Inflated int64 `json:"inflated_bytes"`
-	} `json:"mount"`
+	} `json:"server"`
 }
-
-// fetched is all bytes that came from the registry: manifests, index, layers.
-func (r runReport) fetched() int64 { return r.Origin.Bytes }
 
 // inflated is what had to be inflated: layers pulled whole once to build their tables, and what was
 // read.
 func (r runReport) inflated() int64 {
-	n := r.Mount.Inflated
-	for _, l := range r.Image.Layers {
+	n := r.Server.Inflated
+	for _, l := range r.Layers {
 		if l.Mode == "pulled" || l.Mode == "derived" {
 			n += l.Inflated
 		}
@@ -442,6 +434,11 @@ func layerBytes(layout string) (n int64, err error) {
 		n += l.Size
 	}
 	return n, err
+}
+
+func push(ctx context.Context, ref, layout string) error {
+	_, err := registry.Push(ctx, ref, layout, "")
+	return err
 }
 
 func say(format string, args ...any) {
