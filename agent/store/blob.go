@@ -191,12 +191,15 @@ func (s *Store) createFile(path string, ref ztoc.BlobRef) error {
 	if !s.fs.Holes {
 		charge += mapOffset(ref.Size) // such a file system allocates everything at once
 	}
+	if charge > s.quota { // not worth emptying the store and a warning: the size is anybody's claim
+		return fmt.Errorf("%w: blob of %d bytes, quota of %d", ErrNoSpace, ref.Size, s.quota)
+	}
 	if err := s.reserve(charge); err != nil {
 		return err
 	}
 	t, err := s.newTemp()
 	if err != nil {
-		s.shared.used.Add(-charge)
+		s.used().Add(-charge)
 		return s.spaceError(err)
 	}
 	defer t.discard()
@@ -211,7 +214,7 @@ func (s *Store) createFile(path string, ref ztoc.BlobRef) error {
 		err = t.link(path)
 	}
 	if err != nil {
-		s.shared.used.Add(-charge)
+		s.used().Add(-charge)
 		if errors.Is(err, fs.ErrExist) {
 			return nil // another process was first
 		}
@@ -388,7 +391,7 @@ func (b *Blob) writeBlocks(p []byte, r ztoc.Range) error {
 		return err
 	}
 	if !b.enter() {
-		s.shared.used.Add(-charge)
+		s.used().Add(-charge)
 		return ErrClosed
 	}
 	defer b.exit()
@@ -407,7 +410,7 @@ func (b *Blob) writeBlocks(p []byte, r ztoc.Range) error {
 		}
 	})
 	// Blocks that another writer marked first were charged by it.
-	s.shared.used.Add(min(0, fresh*BlockSize-charge))
+	s.used().Add(min(0, fresh*BlockSize-charge))
 	switch {
 	case err != nil:
 		return err
@@ -521,10 +524,14 @@ func (b *Blob) Close() error {
 		delete(f.s.open, f.name)
 	}
 	f.s.mu.Unlock()
-	if last {
-		return f.unmap()
+	if !last {
+		return nil
 	}
-	return nil
+	err := f.unmap() // waits for those who are using it
+	f.s.mu.Lock()
+	defer f.s.mu.Unlock()
+	f.s.unmapUsage()
+	return err
 }
 
 // unmap ends the use of the file by this process.

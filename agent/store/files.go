@@ -84,14 +84,14 @@ func (s *Store) putFile(path string, write func(io.Writer) error) error {
 	defer t.discard()
 	w := &chargedWriter{s: s, f: t.f}
 	if err := write(w); err != nil {
-		s.shared.used.Add(-w.charged)
+		s.used().Add(-w.charged)
 		if w.err != nil {
 			return w.err
 		}
 		return err
 	}
 	if w.err != nil { // write overlooked it
-		s.shared.used.Add(-w.charged)
+		s.used().Add(-w.charged)
 		return w.err
 	}
 	var st, old unix.Stat_t
@@ -100,10 +100,10 @@ func (s *Store) putFile(path string, write func(io.Writer) error) error {
 		old.Blocks = 0
 	}
 	if err := t.rename(path); err != nil {
-		s.shared.used.Add(-w.charged)
+		s.used().Add(-w.charged)
 		return s.spaceError(err)
 	}
-	s.shared.used.Add((st.Blocks-old.Blocks)*512 - w.charged)
+	s.used().Add((st.Blocks-old.Blocks)*512 - w.charged)
 	return nil
 }
 
@@ -182,6 +182,6 @@ func (s *Store) removeCounted(path string) (freed int64, err error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return 0, err
 	}
-	s.shared.used.Add(-st.Blocks * 512)
+	s.used().Add(-st.Blocks * 512)
 	return st.Blocks * 512, nil
 }

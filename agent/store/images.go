@@ -236,7 +236,7 @@ func (s *Store) referred() set {
 
 // take frees an item whether or not it is in use. The caller holds the store's lock.
 func (s *Store) take(it item) int64 {
-	before := s.shared.used.Load()
+	before := s.used().Load()
 	if !s.unlinkIdle(it) {
 		if it.kind == "" {
 			s.punch(it, -1<<62)
@@ -244,7 +244,7 @@ func (s *Store) take(it item) int64 {
 			s.removeCounted(it.path) //nolint:errcheck // still there: found by the next collection
 		}
 	}
-	return max(0, before-s.shared.used.Load())
+	return max(0, before-s.used().Load())
 }
 
 // GCOptions say what GC removes.
@@ -297,7 +297,7 @@ func (s *Store) GC(o GCOptions) (GCReport, error) {
 			s.unlinkIdle(it)
 		}
 	}
-	s.evict(o.Target)
+	s.evict(o.Target, false)
 	end := s.recount()
 	r.Files = max(0, len(start.items)-len(end.items))
 	r.Used = end.total

@@ -94,15 +94,6 @@ func (m presence) missing(r ztoc.Range) []ztoc.Range {
 	return out
 }
 
-// count is the number of blocks present.
-func (m presence) count() int64 {
-	var n int
-	for w := range m.words {
-		n += bits.OnesCount32(uint32(m.load(int64(w))))
-	}
-	return int64(n)
-}
-
 // snapshot appends the words under blocks [lo, hi) to buf.
 func (m presence) snapshot(buf []uint64, lo, hi int64) []uint64 {
 	for w := lo / wordBlocks; w*wordBlocks < hi; w++ {

@@ -22,19 +22,13 @@ const (
 	punchStep    = 1 << 20
 )
 
-// sharedFile is what the processes of a store share besides the blobs: the counter of allocated bytes.
-type sharedFile struct {
-	used *atomic.Int64
-}
-
-// openShared maps the counter, and makes it if need be. The mapping lives as long as the process: it is one page, and
-// writers may come late.
-func (s *Store) openShared() (*sharedFile, error) {
+// mapUsage maps the counter of allocated bytes that the processes share, and makes it if need be.
+func (s *Store) mapUsage() ([]byte, error) {
 	path := s.path("usage")
 	for range 20 {
 		f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
 		if errors.Is(err, fs.ErrNotExist) {
-			if err := s.createShared(path); err != nil && !errors.Is(err, fs.ErrExist) {
+			if err := s.createUsage(path); err != nil && !errors.Is(err, fs.ErrExist) {
 				return nil, err
 			}
 			continue
@@ -56,12 +50,15 @@ func (s *Store) openShared() (*sharedFile, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: mmap: %w", path, err)
 		}
-		return &sharedFile{used: (*atomic.Int64)(unsafe.Pointer(&m[64]))}, nil
+		return m, nil
 	}
 	return nil, fmt.Errorf("%s cannot be opened", path)
 }
 
-func (s *Store) createShared(path string) error {
+// counter is the counter in the mapping of mapUsage.
+func counter(m []byte) *atomic.Int64 { return (*atomic.Int64)(unsafe.Pointer(&m[64])) }
+
+func (s *Store) createUsage(path string) error {
 	t, err := s.newTemp()
 	if err != nil {
 		return err
@@ -83,21 +80,21 @@ func (s *Store) reserve(n int64) error {
 	if s.degraded() {
 		return fmt.Errorf("%w: %s", ErrNoSpace, s.dir)
 	}
-	if s.shared.used.Add(n) <= s.quota {
+	if s.used().Add(n) <= s.quota {
 		return nil
 	}
+	s.used().Add(-n) // or the recount would take it for a byte that is not there
 	if err := s.lock.lock(); err != nil {
-		s.shared.used.Add(-n)
 		return fmt.Errorf("%w: %w", ErrNoSpace, err)
 	}
 	defer s.lock.unlock()
-	if s.shared.used.Load() <= s.quota { // another evicted while we waited
+	if s.used().Load()+n > s.quota { // else another evicted while we waited
+		s.evict(s.lowWater()-n, false)
+	}
+	if s.used().Add(n) <= s.quota {
 		return nil
 	}
-	if s.evict(s.lowWater()); s.shared.used.Load() <= s.quota {
-		return nil
-	}
-	s.shared.used.Add(-n)
+	s.used().Add(-n)
 	return s.degrade(fmt.Sprintf("the quota of %d bytes is used up by pinned images and files in use", s.quota))
 }
 
@@ -106,15 +103,16 @@ func (s *Store) lowWater() int64 {
 	return s.quota - min(max(s.quota/20, 1<<20), 256<<20, s.quota/2)
 }
 
-// evictSome frees at least n bytes of the disk, if there is something to free.
+// evictSome frees some n bytes of a full disk, as far as blobs and files that nobody has open go: to take from those in
+// use would only move the shortage to their readers.
 func (s *Store) evictSome(n int64) bool {
 	if s.lock.lock() != nil {
 		return false
 	}
 	defer s.lock.unlock()
 	before := s.recount().total
-	s.evict(max(0, before-n))
-	return s.shared.used.Load() < before
+	s.evict(max(0, before-n), true)
+	return s.used().Load() < before
 }
 
 // An item is one file of the store as a recount found it.
@@ -136,11 +134,11 @@ type census struct {
 
 // recount stats every file and sets the shared counter right. The caller holds the store's lock.
 func (s *Store) recount() census {
-	before := s.shared.used.Load()
+	before := s.used().Load()
 	c := s.survey()
 	// What others charged since then stays charged: it may or may not be in the count, so the counter errs
 	// upwards. What they charged before and write only now is missed: writeSlots * writeChunk at most.
-	s.shared.used.Add(c.total - before)
+	s.used().Add(c.total - before)
 	return c
 }
 
@@ -199,15 +197,16 @@ func (s *Store) survey() census {
 // lastKinds are small, dear to make again, and so evicted only when nothing else is left.
 func lastKind(k Kind) bool { return k == KindProfile || k == KindRef || k == KindManifest }
 
-// evict brings usage down to target if it can. The caller holds the store's lock.
-func (s *Store) evict(target int64) {
+// evict brings usage down to target if it can, with idleOnly as far as nobody has the files open. The caller holds the
+// store's lock.
+func (s *Store) evict(target int64, idleOnly bool) {
 	c := s.recount()
-	if s.shared.used.Load() <= target {
+	if s.used().Load() <= target {
 		return
 	}
 	keep := s.pinned()
 	slices.SortFunc(c.items, func(a, b item) int { return cmp.Or(a.used.Compare(b.used), cmp.Compare(a.path, b.path)) })
-	enough := func() bool { return s.shared.used.Load() <= target }
+	enough := func() bool { return s.used().Load() <= target }
 
 	// Whole blobs and files that nobody has open.
 	var busy, last []item
@@ -225,8 +224,8 @@ func (s *Store) evict(target int64) {
 	}
 	// Ranges of blobs that are in use.
 	for _, it := range busy {
-		if enough() {
-			return
+		if enough() || idleOnly {
+			break
 		}
 		if it.kind == "" {
 			s.punch(it, target)
@@ -258,7 +257,7 @@ func (s *Store) unlinkIdle(it item) bool {
 	if os.Remove(it.path) != nil {
 		return false
 	}
-	s.shared.used.Add(-st.Blocks * 512)
+	s.used().Add(-st.Blocks * 512)
 	return true
 }
 
@@ -276,18 +275,19 @@ func (s *Store) punch(it item, target int64) {
 	guard(func() {  //nolint:errcheck // a blob that cannot be read is left alone
 		hand := min(int64(atomic.LoadUint64(f.hand()))/punchStep*punchStep, it.ref.Size)
 		end := f.punchFrom(hand, it.ref.Size, target)
-		if end >= it.ref.Size && s.shared.used.Load() > target {
+		if end >= it.ref.Size && s.used().Load() > target {
 			end = f.punchFrom(0, hand, target)
 		}
 		atomic.StoreUint64(f.hand(), uint64(end))
 	})
+	setTimes(f.f, it.used.UnixNano()) // punching is not using
 }
 
 // punchFrom punches allocated steps of [from, to) and returns where it stopped.
 func (f *file) punchFrom(from, to, target int64) int64 {
 	s, fd := f.s, int(f.f.Fd())
 	for at := from; at < to; at += punchStep {
-		if s.shared.used.Load() <= target {
+		if s.used().Load() <= target {
 			return at
 		}
 		data, err := unix.Seek(fd, at, unix.SEEK_DATA)
@@ -315,5 +315,5 @@ func (f *file) punchRange(r ztoc.Range) {
 	unix.Fstat(fd, &after)                                            //nolint:errcheck // an open file
 	f.table.release(lo, hi)
 	// Another writer may have allocated blocks elsewhere in this file between the two looks; it has charged them.
-	f.s.shared.used.Add(-max(0, (before.Blocks-after.Blocks)*512))
+	f.s.used().Add(-max(0, (before.Blocks-after.Blocks)*512))
 }

@@ -59,10 +59,11 @@ type Store struct {
 	fs    FS
 	log   *slog.Logger
 
-	lock   *dirLock // one evictor or collector at a time, over all processes
-	host   *os.File // shared flock held while open
-	shared *sharedFile
-	slots  chan struct{} // bounds what is being written at once
+	lock  *dirLock // one evictor or collector at a time, over all processes
+	host  *os.File // shared flock held while open
+	usage []byte   // mapping of the shared counter; until closed and without handles
+	count atomic.Pointer[atomic.Int64]
+	slots chan struct{} // bounds what is being written at once
 
 	fullUntil atomic.Int64 // unix nanoseconds until which writes are not tried
 	warned    atomic.Bool
@@ -148,12 +149,13 @@ func (s *Store) openParts(o Options) error {
 	if o.fs == nil {
 		s.fs.Holes, s.fs.Punch = s.probeHoles()
 	}
-	if s.shared, err = s.openShared(); err != nil {
+	if s.usage, err = s.mapUsage(); err != nil {
 		return err
 	}
+	s.count.Store(counter(s.usage))
 	s.quota = o.Quota
 	if s.quota <= 0 {
-		s.quota = DefaultQuota(s.dir, s.fs, s.shared.used.Load())
+		s.quota = DefaultQuota(s.dir, s.fs, s.used().Load())
 	}
 	// The counter may stem from before a crash: count anew, unless somebody is at it.
 	if s.lock.try() {
@@ -163,7 +165,11 @@ func (s *Store) openParts(o Options) error {
 	return nil
 }
 
-// Close releases the store. Handles of blobs that are still open stay usable for reading.
+// used is the counter of allocated bytes.
+func (s *Store) used() *atomic.Int64 { return s.count.Load() }
+
+// Close releases the store. Handles of blobs that are still open stay usable; other methods of the store must have
+// returned.
 func (s *Store) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -177,7 +183,18 @@ func (s *Store) Close() error {
 	if s.host != nil {
 		s.host.Close()
 	}
+	s.unmapUsage()
 	return nil
+}
+
+// unmapUsage lets go of the shared counter once nobody needs it. The caller holds s.mu.
+func (s *Store) unmapUsage() {
+	if !s.closed || len(s.open) > 0 || s.usage == nil {
+		return
+	}
+	s.count.Store(new(atomic.Int64))
+	unix.Munmap(s.usage) //nolint:errcheck // a mapping of ours
+	s.usage = nil
 }
 
 // Dir is the directory of the store.
@@ -264,5 +281,5 @@ func (s *Store) Degraded() bool { return s.degraded() }
 
 // isFull reports whether err is a file system's way to say that there is no room.
 func isFull(err error) bool {
-	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.EFBIG)
+	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EROFS)
 }
