@@ -138,6 +138,9 @@ func (r *remote) doExcept(ctx context.Context, c *call, p *patience, no map[*end
 		}
 		if f.verdict == elsewhere {
 			no[e] = f
+			if f.err.Err != ErrNotFound {
+				e.failed(begun)
+			}
 			continue
 		}
 		last, lastOf = f, e
@@ -181,14 +184,19 @@ func (r *remote) pick(c *call, no map[*endpoint]*refusal) (*endpoint, time.Durat
 			return c.rng.Start > 0 && best.noRange.Load() && !e.noRange.Load()
 		}
 	}
+	refused := false // by the registry itself: then no mirror is waited for
+	for e := range no {
+		refused = refused || !e.mirror
+	}
 	for _, e := range r.up.endpoints {
-		if !e.can(c) || no[e] != nil {
+		if !e.can(c) || no[e] != nil || e.mirror && e.missed(r.path(c)) {
 			continue
 		}
-		if e.mirror && e.missed(r.path(c)) {
+		d := max(0, e.sleeps(now))
+		if d > 0 && refused {
 			continue
 		}
-		if d := max(0, e.sleeps(now)); better(e, d) {
+		if better(e, d) {
 			best, wait = e, d
 		}
 	}
@@ -263,10 +271,6 @@ func (r *remote) ask(ctx context.Context, e *endpoint, c *call) (*answer, error)
 		}
 		a, err := r.send(ctx, e, c, u, same, header)
 		if err != nil {
-			var f *refusal
-			if errors.As(err, &f) && e.switchScheme(f.err) {
-				return r.ask(ctx, e, c)
-			}
 			return nil, err
 		}
 		status := a.StatusCode
@@ -320,7 +324,11 @@ func (r *remote) ask(ctx context.Context, e *endpoint, c *call) (*answer, error)
 				return nil, r.renewFailed(e, c, f, err)
 			}
 		default:
-			return nil, r.status(e, c, a)
+			f := r.status(e, c, a)
+			if e.switchScheme(f.err) {
+				return r.ask(ctx, e, c)
+			}
+			return nil, f
 		}
 	}
 }

@@ -177,6 +177,7 @@ func (b *body) open() error {
 		if errors.Is(err, ErrDigest) {
 			b.no[a.e].err.Err = ErrDigest
 		}
+		a.e.failed(a.t0)
 	}
 }
 

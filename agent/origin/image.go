@@ -231,10 +231,16 @@ func parseConfig(body []byte, layers int) (Config, []ztoc.Digest, error) {
 	return c, ids, nil
 }
 
+// imageConfig reports whether a type of config, or an artifact type derived from it as go-containerregistry
+// does for every descriptor it writes, is that of a container image.
+func imageConfig(t string) bool {
+	return t == "" || t == string(types.OCIConfigJSON) || t == string(types.DockerConfigJSON)
+}
+
 // checkImage refuses what is a manifest but no container image, and layers that lie elsewhere.
 func (m manifest) checkImage() error {
 	switch {
-	case m.config.MediaType == string(types.OCIConfigJSON), m.config.MediaType == string(types.DockerConfigJSON), m.config.MediaType == "":
+	case imageConfig(m.config.MediaType):
 	case m.artifactType != "":
 		return fmt.Errorf("%w: an artifact of type %.100q, not a container image", ErrUnsupported, m.artifactType)
 	default:
@@ -329,7 +335,7 @@ func (m manifest) choose(want platform) (Descriptor, error) {
 	)
 	for _, d := range m.manifests {
 		t := types.MediaType(d.MediaType)
-		if !t.IsImage() && !t.IsIndex() || d.Annotations["vnd.docker.reference.type"] != "" || d.ArtifactType != "" {
+		if !t.IsImage() && !t.IsIndex() || d.Annotations["vnd.docker.reference.type"] != "" || !imageConfig(d.ArtifactType) {
 			continue // attestations and indexes of other tools
 		}
 		if d.Platform == "" && len(m.manifests) == 1 {

@@ -279,7 +279,7 @@ func (l *layout) Resolve(ctx context.Context, wish string) (Image, error) {
 func plainImages(idx manifest) []Descriptor {
 	var out []Descriptor
 	for _, d := range idx.manifests {
-		if d.ArtifactType == "" {
+		if imageConfig(d.ArtifactType) {
 			out = append(out, d)
 		}
 	}

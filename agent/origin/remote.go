@@ -68,12 +68,12 @@ func (r *remote) document(ctx context.Context, c *call, check func(http.Header, 
 				}
 			}
 		}
+		a.e.failed(a.t0)
 		if f.verdict == elsewhere {
 			no[a.e] = f
 			continue
 		}
 		p.tries++
-		a.e.failed(a.t0)
 		if err := sleep(ctx, jitter(p.tries-1)); err != nil {
 			return nil, nil, err
 		}
