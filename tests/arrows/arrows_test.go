@@ -21,14 +21,15 @@ var allowed = map[string]struct {
 	imports []string
 	why     string
 }{
-	"ztoc/inflate":  {nil, "the decoder is arithmetic over bytes: it knows neither our words nor files"},
-	"ztoc":          {[]string{"ztoc/inflate"}, "ztoc holds the words everybody says; it imports nothing of ours but its decoder"},
-	"lazyfs/tree":   {[]string{"ztoc"}, "the table knows nothing of FUSE, stores or networks"},
-	"lazyfs":        {[]string{"lazyfs/tree", "ztoc"}, "the server reads through its own Blobs interface: it knows no store and no origin"},
-	"lazyfs/mountd": {[]string{"lazyfs", "lazyfs/tree", "ztoc", "agent/store"}, "a mount's process reads the store and links no registry client"},
-	"agent/origin":  {[]string{"ztoc"}, "origin knows how to ask registries, not what is done with the answers"},
-	"agent/store":   {[]string{"ztoc"}, "the store keeps ranges of blobs and knows nobody who fills or reads it"},
-	"agent/fetch":   {[]string{"ztoc"}, "the chain sees store and origin through interfaces that it owns"},
+	"ztoc/inflate":          {nil, "the decoder is arithmetic over bytes: it knows neither our words nor files"},
+	"ztoc":                  {[]string{"ztoc/inflate"}, "ztoc holds the words everybody says; it imports nothing of ours but its decoder"},
+	"lazyfs/tree":           {[]string{"ztoc"}, "the table knows nothing of FUSE, stores or networks"},
+	"lazyfs":                {[]string{"lazyfs/tree", "ztoc"}, "the server reads through its own Blobs interface: it knows no store and no origin"},
+	"lazyfs/mountd":         {[]string{"lazyfs", "lazyfs/tree", "ztoc", "agent/store"}, "a mount's process reads the store and links no registry client"},
+	"agent/origin":          {[]string{"ztoc"}, "origin knows how to ask registries, not what is done with the answers"},
+	"agent/store":           {[]string{"ztoc"}, "the store keeps ranges of blobs and knows nobody who fills or reads it"},
+	"agent/fetch":           {[]string{"ztoc"}, "the chain sees store and origin through interfaces that it owns"},
+	"agent/fetch/fetchtest": {[]string{"agent/fetch", "ztoc"}, "a conformance suite knows the interface it is about and nothing more"},
 	"agent/image": {
 		[]string{"agent/origin", "agent/store", "agent/fetch", "lazyfs", "lazyfs/tree", "ztoc"},
 		"image is the one place that puts an image together; mounting it is its caller's business",

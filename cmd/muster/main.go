@@ -1,0 +1,121 @@
+// Muster runs container images before they have been downloaded.
+//
+// One file per subcommand; what they share is in config.go (the configuration and its flags), open.go
+// (store, registry and image), exit.go (exit codes), complain.go (how an error is told) and progress.go.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/muster-hpc/muster/agent/runtime"
+	"github.com/muster-hpc/muster/lazyfs"
+)
+
+func main() {
+	// The process inside a run's namespaces is this same program; it never comes back from here.
+	runtime.Inside(func(ctx context.Context, dir string, o runtime.Options) (*os.File, error) {
+		m := mountOptions(o.Name, o.Context)
+		m.AllowOther = true // everybody in the namespace, and nobody else is
+		return lazyfs.Mount(ctx, dir, m)
+	})
+	os.Exit(run(os.Args[1:]))
+}
+
+// run is main without the process: arguments in, exit code out.
+func run(args []string) int {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	a := &app{out: os.Stdout, err: os.Stderr}
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	go func() {
+		for s := range signals {
+			if n, ok := s.(syscall.Signal); ok && !a.handedOver.Load() {
+				cancel(interrupted{n})
+			}
+		}
+	}()
+	root := a.command()
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	var by interrupted
+	if err != nil && errors.As(context.Cause(ctx), &by) {
+		fmt.Fprintln(a.err, "muster:", by)
+		return 128 + int(by.signal)
+	}
+	if err != nil && !errors.Is(err, errSaid) {
+		a.complain(err)
+	}
+	return exitCode(err)
+}
+
+// interrupted ends what is going on because of a signal.
+type interrupted struct{ signal syscall.Signal }
+
+func (i interrupted) Error() string { return "interrupted by signal: " + i.signal.String() }
+
+// handOver leaves signals to whoever else asked to be notified of them.
+func (a *app) handOver() { a.handedOver.Store(true) }
+
+func (a *app) command() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "muster",
+		Short: "run container images before they have been downloaded",
+		Long: `muster runs a container image from any registry before it has been downloaded:
+it mounts the image at once and fetches what the program reads while it runs.
+
+Settings come from flags, MUSTER_… variables and /etc/muster/agent.yaml, in this order:
+'muster help config' lists them. 'muster help exit-codes' lists the exit codes.`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			return a.configure(cmd)
+		},
+	}
+	root.SetOut(a.out)
+	root.SetErr(a.err)
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
+	root.CompletionOptions.HiddenDefaultCmd = true
+	a.flags(root)
+	root.AddCommand(
+		a.runCommand(),
+		a.ztocCommand(),
+		a.indexCommand(),
+		a.cacheCommand(),
+		a.versionCommand(),
+		exitCodesTopic(),
+		configTopic(),
+	)
+	return root
+}
+
+// arguments makes a wrong number of arguments a usage error, with the usage line.
+func arguments(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			err = usage(fmt.Errorf("%w; usage: %s", err, cmd.UseLine()))
+			if cmd.Name() == "run" {
+				err = failedRun(err)
+			}
+			return err
+		}
+		return nil
+	}
+}
+
+// An app is what the commands share: where to write, and the configuration once it is read.
+type app struct {
+	out, err   *os.File
+	cfg        Config
+	quiet      bool
+	json       bool
+	handedOver atomic.Bool // signals belong to the command that runs
+}
