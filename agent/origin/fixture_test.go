@@ -208,3 +208,7 @@ func writeFile(t testing.TB, text string, path ...string) string {
 	}
 	return name
 }
+
+func opener(b []byte) func() (io.ReadCloser, error) {
+	return func() (io.ReadCloser, error) { return bytesBody(b), nil }
+}
