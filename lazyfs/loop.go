@@ -3,6 +3,7 @@ package lazyfs
 import (
 	"errors"
 	"fmt"
+	"os"
 	"syscall"
 	"unsafe"
 
@@ -14,7 +15,10 @@ import (
 
 // conn is the device. Its reads block in the kernel, so a loop that waits for a request costs a thread;
 // there are few.
-type conn struct{ fd int }
+type conn struct {
+	fd  int
+	dev *os.File // keeps fd open: an *os.File that nobody refers to closes itself
+}
 
 // read takes the next request; io.EOF is spelled errUnmounted.
 func (c conn) read(p []byte) (int, error) {

@@ -205,7 +205,7 @@ func (s *Server) Serve(ctx context.Context, dev *os.File) error {
 			return err
 		}
 	}
-	s.conn = conn{int(dev.Fd())}
+	s.conn = conn{int(dev.Fd()), dev}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s.ctx = ctx
