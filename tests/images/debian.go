@@ -19,23 +19,24 @@ import (
 var (
 	pythonPackages = []string{"ca-certificates", "perl", "binutils", "python3", "libopenblas0-pthread", "python3-numpy"}
 	pythonGroups   = []group{
-		{"base", []string{"apt", "bash", "coreutils", "util-linux", "login", "passwd", "e2fsprogs"}},
-		{"tools", []string{"ca-certificates", "perl", "binutils"}},
-		{"python", []string{"python3"}},
-		{"blas", []string{"libopenblas0-pthread", "libgfortran5"}},
-		{"numpy", []string{"python3-numpy"}},
+		{"base", []string{"apt", "bash", "coreutils", "util-linux", "login", "passwd", "e2fsprogs"}, true},
+		{"tools", []string{"ca-certificates", "perl", "binutils"}, false},
+		{"python", []string{"python3"}, false},
+		{"blas", []string{"libopenblas0-pthread", "libgfortran5"}, false},
+		{"numpy", []string{"python3-numpy"}, false},
 	}
 	scipyPackages = append(pythonPackages, "python3-scipy")
 	scipyGroups   = append(pythonGroups[:len(pythonGroups):len(pythonGroups)],
-		group{"compiler", []string{"g++"}},
-		group{"scipy", []string{"python3-scipy"}},
+		group{"compiler", []string{"g++"}, false},
+		group{"scipy", []string{"python3-scipy"}, false},
 	)
 )
 
 // A group is a layer's name and the packages that start it.
 type group struct {
-	name  string
-	seeds []string
+	name      string
+	seeds     []string
+	essential bool // with the packages that Debian says every system has
 }
 
 // buildPython makes debian-python.
@@ -65,13 +66,13 @@ func buildDebian(ctx context.Context, b *build, name, one string, packages []str
 		return err
 	}
 	defer root.close()
-	plan, err := root.deal(groups)
+	p, err := root.deal(groups)
 	if err != nil {
 		return err
 	}
 
 	// The one big layer first: it takes as long as all others together.
-	layers := make([]Blob, len(plan))
+	layers := make([]Blob, len(p))
 	var single Blob
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(max(1, runtime.NumCPU()))
@@ -81,9 +82,9 @@ func buildDebian(ctx context.Context, b *build, name, one string, packages []str
 			return err
 		})
 	}
-	for i, p := range plan {
+	for i, members := range p {
 		g.Go(func() (err error) {
-			layers[i], err = root.writeLayer(ctx, scratch, p)
+			layers[i], err = root.writeLayer(ctx, scratch, members)
 			return err
 		})
 	}

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"time"
 )
 
@@ -65,13 +66,13 @@ func (e Entry) With(mode int64, uid, gid int) Entry {
 	return e
 }
 
-// Xattr is e with one more extended attribute.
+// Xattr is e with an extended attribute set.
 func (e Entry) Xattr(key, value string) Entry {
-	records := map[string]string{"SCHILY.xattr." + key: value}
-	for k, v := range e.PAXRecords {
-		records[k] = v
+	e.PAXRecords = maps.Clone(e.PAXRecords)
+	if e.PAXRecords == nil {
+		e.PAXRecords = map[string]string{}
 	}
-	e.PAXRecords = records
+	e.PAXRecords["SCHILY.xattr."+key] = value
 	return e
 }
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,6 +24,12 @@ const (
 	MediaLayerTar  = "application/vnd.oci.image.layer.v1.tar"
 	MediaLayerGzip = "application/vnd.oci.image.layer.v1.tar+gzip"
 	MediaLayerZstd = "application/vnd.oci.image.layer.v1.tar+zstd"
+)
+
+const (
+	mediaDockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	mediaDockerConfig   = "application/vnd.docker.container.image.v1+json"
+	mediaDockerLayer    = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 )
 
 // A Blob is a layer or another object of an image: what its descriptor says, and its bytes, either
@@ -71,13 +78,13 @@ func (b Blob) Bytes() []byte {
 	return data
 }
 
-// Annotate is b with one more annotation in its descriptor.
+// Annotate is b with an annotation set in its descriptor.
 func (b Blob) Annotate(key, value string) Blob {
-	a := map[string]string{key: value}
-	for k, v := range b.Annotations {
-		a[k] = v
+	b.Annotations = maps.Clone(b.Annotations)
+	if b.Annotations == nil {
+		b.Annotations = map[string]string{}
 	}
-	b.Annotations = a
+	b.Annotations[key] = value
 	return b
 }
 
@@ -115,6 +122,7 @@ type Image struct {
 	Config      RunConfig
 	Annotations map[string]string // of the manifest
 	Comment     string            // goes into the config's history
+	Docker      bool              // Docker's media types instead of OCI's
 }
 
 // A RunConfig is the part of an image's config that says how to run it.
@@ -150,6 +158,10 @@ func AddImage(dir string, image Image) (Descriptor, error) {
 	if p == (Platform{}) {
 		p = Platform{Architecture: "amd64", OS: "linux"}
 	}
+	manifestMedia, configMedia := MediaManifest, MediaConfig
+	if image.Docker {
+		manifestMedia, configMedia = mediaDockerManifest, mediaDockerConfig
+	}
 	type history struct {
 		Created   string `json:"created"`
 		CreatedBy string `json:"created_by"`
@@ -174,7 +186,7 @@ func AddImage(dir string, image Image) (Descriptor, error) {
 		Config        Descriptor        `json:"config"`
 		Layers        []Descriptor      `json:"layers"`
 		Annotations   map[string]string `json:"annotations,omitempty"`
-	}{SchemaVersion: 2, MediaType: MediaManifest, Layers: []Descriptor{}, Annotations: image.Annotations}
+	}{SchemaVersion: 2, MediaType: manifestMedia, Layers: []Descriptor{}, Annotations: image.Annotations}
 	for i, l := range image.Layers {
 		if err := AddBlob(dir, l); err != nil {
 			return Descriptor{}, err
@@ -185,14 +197,18 @@ func AddImage(dir string, image Image) (Descriptor, error) {
 		}
 		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, l.DiffID)
 		config.History = append(config.History, history{config.Created, by})
-		manifest.Layers = append(manifest.Layers, l.Descriptor)
+		d := l.Descriptor
+		if image.Docker && d.MediaType == MediaLayerGzip {
+			d.MediaType = mediaDockerLayer
+		}
+		manifest.Layers = append(manifest.Layers, d)
 	}
-	c := NewBlob(MediaConfig, mustJSON(config))
+	c := NewBlob(configMedia, mustJSON(config))
 	if err := AddBlob(dir, c); err != nil {
 		return Descriptor{}, err
 	}
 	manifest.Config = c.Descriptor
-	m := NewBlob(MediaManifest, mustJSON(manifest))
+	m := NewBlob(manifestMedia, mustJSON(manifest))
 	m.Platform = &p
 	return m.Descriptor, AddBlob(dir, m)
 }
@@ -222,7 +238,7 @@ func IndexJSON(manifests ...Descriptor) []byte {
 
 // AddBlob puts b into the layout dir, where it may be already. A blob in a file below dir is moved.
 func AddBlob(dir string, b Blob) error {
-	to := filepath.Join(dir, "blobs", "sha256", strings.TrimPrefix(b.Digest, "sha256:"))
+	to := filepath.Join(dir, "blobs", "sha256", hexOf(b.Digest))
 	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 		return err
 	}
@@ -237,6 +253,66 @@ func AddBlob(dir string, b Blob) error {
 		return nil
 	}
 	return copyFile(b.path, to)
+}
+
+// ReadLayout returns the layers, bottom first, of the only image of the layout dir.
+func ReadLayout(dir string) ([]Blob, error) {
+	var index struct{ Manifests []Descriptor }
+	if err := readJSON(filepath.Join(dir, "index.json"), &index); err != nil {
+		return nil, err
+	}
+	if len(index.Manifests) != 1 || index.Manifests[0].MediaType == MediaIndex {
+		return nil, fmt.Errorf("%s does not hold just one image", dir)
+	}
+	var manifest struct {
+		Config Descriptor
+		Layers []Descriptor
+	}
+	blobs := filepath.Join(dir, "blobs", "sha256")
+	if err := readJSON(filepath.Join(blobs, hexOf(index.Manifests[0].Digest)), &manifest); err != nil {
+		return nil, err
+	}
+	var config struct {
+		RootFS struct {
+			DiffIDs []string `json:"diff_ids"`
+		}
+	}
+	if err := readJSON(filepath.Join(blobs, hexOf(manifest.Config.Digest)), &config); err != nil {
+		return nil, err
+	}
+	if len(config.RootFS.DiffIDs) != len(manifest.Layers) {
+		return nil, fmt.Errorf("%s: %d layers but %d diff IDs", dir, len(manifest.Layers), len(config.RootFS.DiffIDs))
+	}
+	var layers []Blob
+	for i, d := range manifest.Layers {
+		layers = append(layers, Blob{Descriptor: d, DiffID: config.RootFS.DiffIDs[i], path: filepath.Join(blobs, hexOf(d.Digest))})
+	}
+	return layers, nil
+}
+
+func readJSON(path string, v any) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// Gunzip is the archive of a gzip layer.
+func Gunzip(b Blob) ([]byte, error) {
+	f, err := b.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(z)
 }
 
 // A layerFile streams a layer's archive into a compressed file and sums both sides.
@@ -323,6 +399,9 @@ func copyFile(from, to string) error {
 	}
 	return out.Close()
 }
+
+// hexOf is the part of a digest that names a file.
+func hexOf(digest string) string { return strings.TrimPrefix(digest, "sha256:") }
 
 // Digests are plain strings here and not ztoc's: so that tests inside package ztoc and below can use
 // this package.

@@ -30,7 +30,7 @@ func oddLayers() [][]Entry {
 			Dir("sp"),
 			sparseOldGNU("sp/few", 3<<20, sparseFew, sparseData(1536)), sparsePAX10("sp/few-twin", 3<<20, sparseFew, sparseData(1536)),
 			sparseOldGNU("sp/many", 60*65536, sparseMany, sparseData(60*512)), sparsePAX10("sp/many-twin", 60*65536, sparseMany, sparseData(60*512)),
-			sparseOldGNU("sp/unaligned", 10000, sparseUnaligned, sparseData(801)), sparsePAX10("sp/unaligned-twin", 10000, sparseUnaligned, sparseData(801)),
+			sparseOldGNU("sp/unaligned", 10000, sparseUnaligned, sparseData(1537)), sparsePAX10("sp/unaligned-twin", 10000, sparseUnaligned, sparseData(1537)),
 			sparseOldGNU("sp/hole", 1<<20, []sparseRun{{1 << 20, 0}}, ""), sparsePAX10("sp/hole-twin", 1<<20, []sparseRun{{1 << 20, 0}}, ""),
 			File("sp/kept", "the archive goes on"),
 		},

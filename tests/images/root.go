@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -104,6 +105,9 @@ func (r *root) read() error {
 				}
 				n.PAXRecords[k] = v
 			}
+		}
+		if _, ok := r.byName[name]; ok {
+			continue // a directory that several layers list
 		}
 		r.byName[name] = len(r.members)
 		r.members = append(r.members, member{n, off, body})
@@ -215,12 +219,40 @@ func (r *root) canonical(p string) string {
 	return p
 }
 
-// deal splits the root into layers: one for each group, whose first takes the essential packages too;
-// then what a site adds; then what no package has. Each is a list of members in the archive's order,
-// with the directories that lead to them. Compiled Python goes with its source and a hard link with
-// its target.
-func (r *root) deal(groups []group) ([][]member, error) {
-	layerOf := map[string]int{} // by package name
+// A plan is what each layer holds, bottom first, in the archive's order.
+type plan [][]member
+
+// deal splits the whole root into layers: one for each group, the last of which takes the packages
+// that nothing needs; then what a site adds; then what no package has.
+func (r *root) deal(groups []group) (plan, error) {
+	layerOf, err := r.layers(groups)
+	if err != nil {
+		return nil, err
+	}
+	for name := range r.pkgs {
+		if _, ok := layerOf[name]; !ok {
+			layerOf[name] = len(groups) - 1
+		}
+	}
+	p, err := r.pick(layerOf, len(groups)+1)
+	if err != nil {
+		return nil, err
+	}
+	return slices.Insert(p, len(groups), site()), nil
+}
+
+// part is the layers of groups alone, without the rest of the root.
+func (r *root) part(groups []group) (plan, error) {
+	layerOf, err := r.layers(groups)
+	if err != nil {
+		return nil, err
+	}
+	return r.pick(layerOf, len(groups))
+}
+
+// layers says which group each package comes in with, if any.
+func (r *root) layers(groups []group) (map[string]int, error) {
+	layerOf := map[string]int{}
 	for i, g := range groups {
 		var visit func(name string)
 		visit = func(name string) {
@@ -247,15 +279,25 @@ func (r *root) deal(groups []group) ([][]member, error) {
 			}
 			visit(s)
 		}
-		if i == 0 {
-			for _, name := range r.sortedPackages() {
+		if g.essential {
+			for _, name := range slices.Sorted(maps.Keys(r.pkgs)) {
 				if r.pkgs[name].essential {
 					visit(name)
 				}
 			}
 		}
 	}
-	state := len(groups)
+	return layerOf, nil
+}
+
+// pick deals members into n layers by their packages' layer; what belongs to no package that has one
+// comes into layer len(groups), if n leaves room for it. Each layer has the directories that lead to its
+// members; compiled Python goes with its source and a hard link with its target.
+func (r *root) pick(layerOf map[string]int, n int) (plan, error) {
+	none := 0
+	for _, l := range layerOf {
+		none = max(none, l+1)
+	}
 	assigned := make([]int, len(r.members))
 	for i, m := range r.members {
 		name := strings.TrimSuffix(m.hdr.Name, "/")
@@ -266,20 +308,15 @@ func (r *root) deal(groups []group) ([][]member, error) {
 			stem, _, _ := strings.Cut(base, ".")
 			name = path.Join(path.Dir(path.Clean(dir)), stem+".py")
 		}
-		assigned[i] = state
+		assigned[i] = none
 		for _, owner := range r.owners[name] {
-			l, ok := layerOf[owner]
-			if !ok {
-				l = len(groups) - 1 // nothing needs it, so the last group asked for it
+			if l, ok := layerOf[owner]; ok {
+				assigned[i] = min(assigned[i], l)
 			}
-			assigned[i] = min(assigned[i], l)
 		}
 	}
-	plan := make([][]member, 0, len(groups)+2)
-	for l := range len(groups) + 1 {
-		if l == state {
-			plan = append(plan, site())
-		}
+	p := make(plan, n)
+	for l := range p {
 		in := make([]bool, len(r.members))
 		for i, m := range r.members {
 			if assigned[i] != l {
@@ -294,25 +331,13 @@ func (r *root) deal(groups []group) ([][]member, error) {
 				in[d] = true
 			}
 		}
-		var members []member
 		for i, m := range r.members {
 			if in[i] {
-				members = append(members, m)
+				p[l] = append(p[l], m)
 			}
 		}
-		plan = append(plan, members)
 	}
-	return plan, nil
-}
-
-// sortedPackages lists the names in r.pkgs in order, so that closures do not depend on map order.
-func (r *root) sortedPackages() []string {
-	var names []string
-	for name := range r.pkgs {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	return names
+	return p, nil
 }
 
 // all is every member of the root and of the site's layer, sorted by path.

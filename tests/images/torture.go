@@ -260,16 +260,17 @@ func fifo(name string) Entry {
 	return Entry{Header: tar.Header{Typeflag: tar.TypeFifo, Name: name, Mode: 0o644, ModTime: Epoch}}
 }
 
-// The runs of sparse files, and the bytes in them.
+// The runs of sparse files. As GNU tar writes and wants them: all but the last a multiple of 512 bytes
+// long, and one of no length where a file ends in a hole.
 var (
 	sparseFew  = []sparseRun{{0, 512}, {1 << 20, 1024}, {3 << 20, 0}}
 	sparseMany = func() (runs []sparseRun) { // beyond the 4 in a header and the 21 of one more block
 		for i := range int64(60) {
 			runs = append(runs, sparseRun{i * 65536, 512})
 		}
-		return runs
+		return append(runs, sparseRun{60 * 65536, 0})
 	}()
-	sparseUnaligned = []sparseRun{{7, 100}, {5000, 700}, {9999, 1}}
+	sparseUnaligned = []sparseRun{{7, 512}, {5000, 1024}, {9999, 1}}
 )
 
 func sparseData(n int) string { return strings.Repeat("sparse-data.....", n/16+1)[:n] }
@@ -279,9 +280,9 @@ func sparse() []Entry {
 	return []Entry{
 		Dir("sp"),
 		sparsePAX00("sp/pax00", 3<<20, sparseFew, sparseData(1536)), sparsePAX00("sp/pax00-many", 60*65536, sparseMany, sparseData(60*512)),
-		sparsePAX01("sp/pax01", 3<<20, sparseFew, sparseData(1536)), sparsePAX01("sp/pax01-unaligned", 10000, sparseUnaligned, sparseData(801)),
+		sparsePAX01("sp/pax01", 3<<20, sparseFew, sparseData(1536)), sparsePAX01("sp/pax01-unaligned", 10000, sparseUnaligned, sparseData(1537)),
 		sparsePAX10("sp/pax10", 3<<20, sparseFew, sparseData(1536)), sparsePAX10("sp/pax10-many", 60*65536, sparseMany, sparseData(60*512)),
-		sparsePAX10("sp/pax10-unaligned", 10000, sparseUnaligned, sparseData(801)),
+		sparsePAX10("sp/pax10-unaligned", 10000, sparseUnaligned, sparseData(1537)),
 		sparsePAX10("sp/zeros-3GiB", 3<<30, []sparseRun{{3 << 30, 0}}, ""),
 		Hardlink("sp/linked", "sp/pax10"), File("sp/after", "the archive goes on"),
 	}
