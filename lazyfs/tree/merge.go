@@ -60,6 +60,7 @@ type merge struct {
 	lastOK   bool
 
 	pending []string // of walk: the part of the path that does not exist
+	rest    []string // of walk: what is left of the path and of the links in it, innermost last
 }
 
 // implied is the mode of directories that no layer brought: 0777 less the usual umask. Their owner is root
@@ -424,10 +425,16 @@ func (m *merge) directory(dir string, create bool) (uint32, error) {
 // above, also of what is missing.
 func (m *merge) walk(dir string) (uint32, error) {
 	m.pending = m.pending[:0]
+	m.rest = append(m.rest[:0], dir)
 	at, links, steps := uint32(0), 0, 0
-	for rest := dir; rest != ""; {
+	for len(m.rest) > 0 {
+		top := &m.rest[len(m.rest)-1]
+		if *top == "" {
+			m.rest = m.rest[:len(m.rest)-1]
+			continue
+		}
 		var text string
-		text, rest, _ = strings.Cut(rest, "/")
+		text, *top, _ = strings.Cut(*top, "/")
 		if steps++; steps > mergeSteps {
 			return 0, errLinkLoop
 		}
@@ -467,7 +474,7 @@ func (m *merge) walk(dir string) (uint32, error) {
 		if target[0] == '/' {
 			at = 0
 		}
-		rest = target + "/" + rest
+		m.rest = append(m.rest, target)
 	}
 	return at, nil
 }
