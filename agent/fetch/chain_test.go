@@ -51,10 +51,12 @@ func eventually(t *testing.T, what string, cond func() bool) {
 	t.Fatalf("never happened: %s", what)
 }
 
-// trace is the requests of an origin in KiB, "512+256" being 256 KiB from 512 KiB on.
+// trace is the requests, by offset, of an origin in KiB, "512+256" being 256 KiB from 512 KiB on.
 func trace(o *fetchtest.Origin) string {
 	var out []string
-	for _, r := range o.Requests() {
+	reqs := o.Requests()
+	slices.SortStableFunc(reqs, func(a, b fetchtest.Request) int { return int(a.Range.Start - b.Range.Start) })
+	for _, r := range reqs {
 		s := fmt.Sprintf("%d+%d", r.Range.Start/kib, r.Range.Len()/kib)
 		if r.Range.Start%kib != 0 || r.Range.Len()%kib != 0 {
 			s = fmt.Sprintf("%dB+%dB", r.Range.Start, r.Range.Len())
@@ -77,7 +79,7 @@ func TestTrace(t *testing.T) {
 		{"its neighbour is there then", [][2]int{{300, 304}, {304, 400}}, "256+256"},
 		{"across two units", [][2]int{{500, 520}}, "256+512"},
 		{"a unit and more is taken as it is", [][2]int{{300, 700}}, "300+400"},
-		{"present blocks are left out", [][2]int{{300, 700}, {256, 260}, {690, 710}}, "300+400 256+44 700+68"},
+		{"present blocks are left out", [][2]int{{300, 700}, {256, 260}, {690, 710}}, "256+44 300+400 700+68"},
 		{"large reads are cut at 4 MiB", [][2]int{{1024, 11 * 1024}}, "1024+4096 5120+4096 9216+2048"},
 		{"the blob's end", [][2]int{{20 * 1024, 20 * 1024}}, "20971520B+1000B"},
 	} {
@@ -227,13 +229,12 @@ func TestPrefetch(t *testing.T) {
 	c := newChain(t, fetch.Options{Store: fetchtest.NewStore(), Origin: o})
 	c.Prefetch(t.Context(), ref, []ztoc.Range{{Start: 0, End: 20 * mib}, {Start: 30*mib + 5, End: 30*mib + 10}, {Start: 30*mib + 20000, End: 30*mib + 20001}})
 	eventually(t, "prefetch ends", func() bool { s := c.Stats(); return s.Running+s.Queued == 0 })
-	reqs := o.Requests()
-	slices.SortFunc(reqs, func(a, b fetchtest.Request) int { return int(a.Range.Start - b.Range.Start) })
-	if got := fmt.Sprint(reqs); got != "[[0, 8388608) [8388608, 16777216) [16777216, 20971520) [31457280, 31719424)]" {
+	// Six small ones, then larger ones; two ranges with a small gap are one.
+	if got := trace(o); got != "0+1024 1024+1024 2048+1024 3072+1024 4096+1024 5120+1024 6144+2048 8192+2048 10240+2048 12288+2048 14336+2048 16384+2048 18432+2048 30720+256" {
 		t.Errorf("requests %s", got)
 	}
 	mustRead(t, c, data, ref, 0, 20*mib)
-	if s := c.Stats(); s.OriginRequests != 4 || s.StoreBytes != 20*mib {
+	if s := c.Stats(); s.OriginRequests != 14 || s.StoreBytes != 20*mib {
 		t.Errorf("stats %+v", s)
 	}
 
@@ -539,6 +540,37 @@ func TestStreamBounds(t *testing.T) {
 		s.Close()
 		s2.Close()
 		eventually(t, "requests end", func() bool { return o.Open() == 0 })
+	}
+}
+
+// TestStalledStreams: a stream whose reader has stopped does not keep its place among the requests.
+func TestStalledStreams(t *testing.T) {
+	one, two := fetchtest.Content(1, 8*mib), fetchtest.Content(2, 8*mib)
+	o := fetchtest.NewOrigin(one, two)
+	c := newChain(t, fetch.Options{Store: fetchtest.NewStore(), Origin: o, Requests: 2, Ahead: mib})
+	s1, err := c.Stream(t.Context(), fetchtest.Ref(one))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s1.Close()
+	s2, err := c.Stream(t.Context(), fetchtest.Ref(two))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s2.Close()
+	head := make([]byte, 100)
+	if _, err := io.ReadFull(s1, head); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(s2); err != nil || !bytes.Equal(got, two) {
+		t.Errorf("second stream: %d bytes, %v", len(got), err)
+	}
+	rest, err := io.ReadAll(s1)
+	if err != nil || !bytes.Equal(append(head, rest...), one) {
+		t.Errorf("first stream: %d bytes, %v", len(head)+len(rest), err)
+	}
+	if n := len(o.Requests()); n > 3 {
+		t.Errorf("%d requests", n)
 	}
 }
 

@@ -36,6 +36,12 @@ const (
 
 	nearlyDone = 512 << 10 // a flight with less than that, and a quarter of it, to come is not cancelled
 
+	prefetchStart = 1 << 20 // bytes of the first requests of a Prefetch call
+
+	// streamStall is how long a stream may wait for its reader before it gives its place among the requests to others. Without
+	// that, readers that wait for each other's streams would wait for ever.
+	streamStall = 2 * time.Second
+
 	maxStream = 1 << 30 // bytes of one request of a Stream
 )
 
@@ -72,7 +78,8 @@ const (
 // A want is one Prefetch call's, or Stream's, interest in its flights. Guarded by Chain.mu.
 type want struct {
 	gone    bool
-	flights int
+	flights int // on the list now
+	begun   int // started so far
 	stop    func() bool // forgets the context's end, when there are no more flights; may be nil
 }
 
@@ -219,7 +226,7 @@ func (c *Chain) launch(b *blob, r ztoc.Range, cl class, o coverOptions) int64 {
 		wide = ztoc.Range{Start: r.Start / c.o.Unit * c.o.Unit, End: min((r.End+c.o.Unit-1)/c.o.Unit*c.o.Unit, b.ref.Size)}
 	}
 	if cl == prefetch {
-		most = c.o.MaxPrefetch
+		most = min(prefetchStart, c.o.MaxPrefetch) // merged again when they start
 	}
 	out := r
 	if st := b.kept.get(); st != nil && !o.force {
@@ -391,7 +398,7 @@ func (c *Chain) ready(f *flight) bool {
 	}
 	most := c.o.MaxDemand
 	if f.class == prefetch {
-		most = c.o.MaxPrefetch
+		most = c.prefetchSize(f.want)
 	}
 	merges := func(g *flight) bool {
 		return g.state == queued && g.class == f.class && g.want == f.want && g.force == f.force && f.class != streaming &&
@@ -410,6 +417,17 @@ func (c *Chain) ready(f *flight) bool {
 		i--
 	}
 	return true
+}
+
+// prefetchSize bounds the next request of a Prefetch call. What was asked for first is wanted first, but requests that
+// run at once share the link: so the first ones are small, and each round doubles.
+func (c *Chain) prefetchSize(w *want) int64 {
+	if w == nil {
+		return c.o.MaxPrefetch
+	}
+	round := w.begun / (c.o.Requests - c.o.Reserved)
+	w.begun++
+	return min(prefetchStart<<min(round, 10), c.o.MaxPrefetch)
 }
 
 // fly runs a flight.
@@ -487,6 +505,7 @@ func (c *Chain) receive(f *flight, body io.Reader) error {
 
 // room is where the next bytes go; nil at the flight's end. It waits while a stream is too far ahead of its reader.
 func (c *Chain) room(f *flight) ([]byte, error) {
+	var stall *time.Timer
 	for {
 		c.mu.Lock()
 		left := f.end - f.pos
@@ -509,10 +528,22 @@ func (c *Chain) room(f *flight) ([]byte, error) {
 			return room[:min(int64(len(room)), left)], nil
 		}
 		c.mu.Unlock()
+		if stall == nil {
+			stall = time.NewTimer(streamStall)
+			defer stall.Stop()
+		} else {
+			stall.Reset(streamStall)
+		}
 		select {
 		case <-f.moved:
 		case <-f.ctx.Done():
 			return nil, f.ctx.Err()
+		case <-stall.C:
+			c.mu.Lock()
+			if !f.b.awaited(f.toCome()) {
+				f.end = f.pos // the stream's next read that finds nothing makes another flight
+			}
+			c.mu.Unlock()
 		}
 	}
 }
@@ -570,6 +601,7 @@ func (c *Chain) storeChunk(f *flight) {
 		return
 	}
 	kept := st != nil && st.WriteAt(buf, base) == nil
+	c.event(Event{Kind: Arrived, Blob: f.b.ref, Range: ztoc.Range{Start: base, End: base + int64(len(buf))}, Class: f.class.String(), At: time.Now()})
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, r := range f.rejected {

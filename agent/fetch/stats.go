@@ -49,6 +49,7 @@ type EventKind uint8
 // The kinds of events.
 const (
 	Started EventKind = iota // a request goes to the origin for Range
+	Arrived                  // Range has arrived: some 256 KiB, or the rest of a request
 	Ended                    // the request brought Range, which may be less than was asked for
 )
 

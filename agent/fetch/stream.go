@@ -38,6 +38,21 @@ func (c *Chain) Stream(ctx context.Context, ref ztoc.BlobRef) (io.ReadCloser, er
 		c.abandon(b, ztoc.Range{End: ref.Size})
 		c.pump()
 	})
+	// The first request goes out now, not with the first Read: its latency runs beside other layers'.
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	first := ztoc.Range{End: min(1, ref.Size)}
+	if st := b.kept.get(); st != nil {
+		if m := st.Missing(ztoc.Range{End: ref.Size}); len(m) > 0 {
+			first = ztoc.Range{Start: m[0].Start, End: m[0].Start + 1}
+		} else {
+			first = ztoc.Range{}
+		}
+	}
+	if !c.closed && first.Start < c.o.Ahead {
+		c.cover(b, first, streaming, coverOptions{stream: s, want: s.want})
+		c.pump()
+	}
 	return s, nil
 }
 
