@@ -9,13 +9,8 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"math"
 	"sync"
 	"sync/atomic"
-
-	"github.com/klauspost/compress/zstd"
-
-	"github.com/muster-hpc/muster/ztoc/inflate"
 )
 
 // BuildOptions say how a table is built from a layer.
@@ -35,7 +30,7 @@ type BuildOptions struct {
 	// MaxBlock is the largest deflate block or zstd frame that may be in one span. 0: MaxBlock.
 	MaxBlock int64
 	// Progress is called from time to time with the bytes of the blob taken in and of the layer
-	// inflated so far, from the goroutine that called Build.
+	// inflated so far, on a goroutine of Build's.
 	Progress func(blob, inflated int64)
 }
 
@@ -93,13 +88,16 @@ func Build(r io.Reader, o BuildOptions) (*Ztoc, Sums, error) {
 	return z, sums, nil
 }
 
-// A buffer is a piece of the blob on its way through the goroutines that want to see it.
+// A buffer is a piece of the blob, or of the inflated layer, on its way through the goroutines that
+// want to see it. The last one to release it gives it back.
 type buffer struct {
 	b    []byte
 	off  int64
 	refs atomic.Int32
 }
 
+// bufferSize is how much goes from one stage to the next at a time: small enough for a core's cache,
+// large enough to make the handing over cheap.
 const bufferSize = 256 << 10
 
 var buffers = sync.Pool{New: func() any { return &buffer{b: make([]byte, bufferSize)} }}
@@ -113,68 +111,63 @@ func (b *buffer) release() {
 
 // A layer is one pass over a blob. These goroutines work on it at once:
 //
-//	reader   reads the blob ahead, hands each buffer to hasher and walker
-//	hasher   digest of the whole blob
-//	walker   (the caller) inflates, reads the tar headers, finds where spans end
-//	spans    digests of the spans, what their windows need, packing of the windows
-//	diffID   digest of the inflated layer, if wanted
+//	reader    reads the blob ahead, hands each buffer to hasher and inflater
+//	hasher    digest of the whole blob
+//	inflater  inflates and finds where spans end
+//	spans     digests of the spans, what their windows need, packing of the windows
+//	walker    (the caller) reads the tar headers
+//	diffID    digest of the inflated layer, if wanted
 //
 // Every channel between them is bounded, so memory is the same for any size of layer, but for the
-// table itself.
+// table itself. Inflating takes longest and waits for nobody but the slowest of the others.
 type layer struct {
-	o         *BuildOptions
-	in        chan *buffer // reader → walker
-	stop      chan struct{}
-	readErr   error // of the reader, valid once in is closed
-	blobSum   hash.Hash
-	workers   sync.WaitGroup
+	o       *BuildOptions
+	in      chan *buffer  // reader → inflater
+	stop    chan struct{} // closed when the walker wants no more
+	blobSum hash.Hash
+	readErr error // of the reader, valid once in is closed
+	workers sync.WaitGroup
+
+	// Used by the inflater's goroutine until inflated is closed.
 	cur       *buffer
 	curAt     int
-	taken     int64 // bytes of the blob given to the walker
-	broken    bool  // the walker was given an error that is not the layer's fault
+	taken     int64 // bytes of the blob
+	pos       int64 // inflated bytes
+	broken    bool  // reading failed for a reason that is not the layer's fault
 	spans     *spanDigester
 	noRestart bool
+	framer    *framer // takes the inflated layer too, in Derive
+	err       error   // why inflating ended, nil at the layer's end
 
-	diff    chan []byte
-	free    chan []byte
-	diffSum hash.Hash
-	framer  *framer // takes the inflated layer too, in Derive
-	pos     int64   // inflated bytes passed on
+	inflated chan *buffer // inflater → walker
+	diff     chan *buffer // inflater → diffID, nil when that is not wanted
+	diffSum  hash.Hash
 }
 
 func openLayer(r io.Reader, o *BuildOptions) *layer {
 	l := &layer{
-		o: o, in: make(chan *buffer, 8), stop: make(chan struct{}),
-		blobSum: sha256.New(),
+		o: o, in: make(chan *buffer, 8), stop: make(chan struct{}), inflated: make(chan *buffer, 4),
+		blobSum: sha256.New(), spans: newSpanDigester(),
 	}
-	l.spans = newSpanDigester()
 	hashed := make(chan *buffer, 8)
 	l.workers.Add(2)
 	go l.read(r, hashed)
-	go func() {
-		defer l.workers.Done()
-		for b := range hashed {
-			l.blobSum.Write(b.b)
-			b.release()
-		}
-	}()
+	go l.hash(l.blobSum, hashed)
 	if o.DiffID != "" || o.HashInflated {
 		l.diffSum = sha256.New()
-		l.diff = make(chan []byte, 4)
-		l.free = make(chan []byte, 5)
-		for range cap(l.free) {
-			l.free <- make([]byte, 0, inflatedSize)
-		}
+		l.diff = make(chan *buffer, 4)
 		l.workers.Add(1)
-		go func() {
-			defer l.workers.Done()
-			for b := range l.diff {
-				l.diffSum.Write(b)
-				l.free <- b
-			}
-		}()
+		go l.hash(l.diffSum, l.diff)
 	}
 	return l
+}
+
+func (l *layer) hash(sum hash.Hash, bs <-chan *buffer) {
+	defer l.workers.Done()
+	for b := range bs {
+		sum.Write(b.b)
+		b.release()
+	}
 }
 
 func (l *layer) read(r io.Reader, hashed chan<- *buffer) {
@@ -190,8 +183,7 @@ func (l *layer) read(r io.Reader, hashed chan<- *buffer) {
 		b.refs.Store(1)
 		if n > 0 {
 			b.refs.Store(2)
-			// Order matters only for stop: the walker gives up on its channel, the hasher never.
-			hashed <- b
+			hashed <- b // the hasher takes all there is
 			select {
 			case l.in <- b:
 			case <-l.stop:
@@ -210,7 +202,7 @@ func (l *layer) read(r io.Reader, hashed chan<- *buffer) {
 	}
 }
 
-// Read gives the walker the blob, and each buffer of it to the span digester first.
+// Read gives the inflater the blob, and each buffer of it to the span digester first.
 func (l *layer) Read(p []byte) (int, error) {
 	for l.cur == nil || l.curAt == len(l.cur.b) {
 		if l.cur != nil {
@@ -274,14 +266,68 @@ func (l *layer) cut(s cut) error {
 	return nil
 }
 
-// passInflated hands a piece of the inflated layer to whoever hashes it.
-func (l *layer) passInflated(b []byte) {
-	l.pos += int64(len(b))
-	if l.framer != nil {
-		l.framer.add(b)
+// inflate fills buffers from src until it ends or the walker stops.
+func (l *layer) inflate(src io.Reader) error {
+	for {
+		b := buffers.Get().(*buffer)
+		b.b = b.b[:bufferSize]
+		b.refs.Store(1)
+		n := 0
+		var err error
+		for err == nil && n < bufferSize {
+			var m int
+			m, err = src.Read(b.b[n:])
+			n += m
+		}
+		b.b = b.b[:n]
+		l.pos += int64(n)
+		if n == 0 {
+			b.release()
+		} else {
+			if l.framer != nil {
+				l.framer.add(b.b)
+			}
+			if l.diff != nil {
+				b.refs.Add(1)
+				l.diff <- b
+			}
+			select {
+			case l.inflated <- b:
+			case <-l.stop:
+				b.release()
+				return errStopped
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
 	}
+}
+
+// errStopped is what the inflater ends with when the walker has failed.
+var errStopped = errors.New("stopped")
+
+// run is the inflater's goroutine.
+func (l *layer) run(f Format, head io.Reader) {
+	defer close(l.inflated)
 	if l.diff != nil {
-		l.diff <- append((<-l.free)[:0], b...)
+		defer close(l.diff)
+	}
+	src, closeSrc := l.source(f, head)
+	l.err = l.inflate(src)
+	closeSrc()
+	if l.err == nil {
+		// What follows the compressed data is still part of the blob.
+		_, l.err = io.Copy(io.Discard, readerOnly{head})
+	}
+	if l.err == nil && !l.noRestart {
+		l.err = l.lastCut(f, l.pos)
+	}
+	if err := l.spans.finish(); l.err == nil {
+		l.err = err
 	}
 }
 
@@ -294,33 +340,38 @@ func (l *layer) walk(o *BuildOptions, add func(*Entry) error) (sums Sums, tarEnd
 		err = peekErr
 	}
 	if err == nil {
-		sums.InflatedSize, tarEnd, err = l.inflateAndWalk(sums.Format, head, add)
+		go l.run(sums.Format, head)
+		t := &tape{src: l.inflated}
+		if tarEnd, err = walkTar(t, add); err == nil {
+			t.drain()
+		}
+		close(l.stop)
+		for b := range l.inflated {
+			b.release()
+		}
+		t.close()
+		// Why there was no more to read says more than what the tar reader made of it.
+		if l.err != nil && l.err != errStopped {
+			err = l.err
+		}
+	} else {
+		close(l.stop)
+		if l.diff != nil {
+			close(l.diff)
+		}
+		_ = l.spans.finish() // nothing was cut
 	}
-	if err == nil {
-		// What follows the compressed data is still part of the blob.
-		_, err = io.Copy(io.Discard, readerOnly{head})
-	}
-	close(l.stop)
 	for b := range l.in {
 		b.release()
 	}
 	if l.cur != nil {
 		l.cur.release()
 	}
-	if l.diff != nil {
-		close(l.diff)
-	}
-	if err == nil && !l.noRestart {
-		err = l.lastCut(sums.Format, sums.InflatedSize)
-	}
-	spanErr := l.spans.finish()
 	l.workers.Wait()
-	if err == nil {
-		err = spanErr
-	}
 	if err != nil {
 		return sums, tarEnd, err
 	}
+	sums.InflatedSize = l.pos
 	sums.BlobSize = l.taken
 	sums.Blob = DigestFromSum([32]byte(l.blobSum.Sum(nil)))
 	switch {
@@ -371,193 +422,4 @@ func tarChecksum(b []byte) bool {
 		signed += int64(int8(c))
 	}
 	return want == unsigned || want == signed
-}
-
-func (l *layer) inflateAndWalk(f Format, blob io.Reader, add func(*Entry) error) (size, tarEnd int64, err error) {
-	var src io.Reader
-	switch f {
-	case FormatGzip:
-		src = l.gzipSpans(blob)
-	case FormatZstd:
-		z := &zstdSpans{l: l, f: frameReader{r: bufio.NewReaderSize(blob, 64<<10), limit: l.o.MaxBlock}}
-		defer z.close()
-		src = z
-	default:
-		src = &tarSpans{l: l, r: blob}
-	}
-	t := newTape(src, l.passInflated)
-	if tarEnd, err = walkTar(t, add); err != nil {
-		return t.pos, tarEnd, err
-	}
-	size, err = t.drain()
-	return size, tarEnd, err
-}
-
-// gzipSpans inflates gzip and cuts a span at each checkpoint.
-func (l *layer) gzipSpans(blob io.Reader) io.Reader {
-	var z *inflate.Reader
-	first := true
-	z = inflate.NewReader(blob, inflate.Options{
-		// SOCI cuts where more than its span size has been inflated since the last checkpoint.
-		Interval: l.o.SpanSize + 1,
-		OnCheckpoint: func(c inflate.Checkpoint, window []byte) error {
-			if z.MaxBlock() > l.o.MaxBlock {
-				l.giveUp()
-			}
-			next := &l.spans.open
-			if !first {
-				s := *next
-				s.blob.End, s.out.End = c.In, c.Out
-				if err := l.cut(s); err != nil {
-					return err
-				}
-			}
-			first = false
-			*next = cut{blob: Range{Start: c.In}, out: Range{Start: c.Out}, bits: c.Bits}
-			if c.Bits > 0 {
-				next.blob.Start--
-			}
-			if len(window) > 0 && !l.noRestart {
-				next.window = windowBuffers.Get().(*[windowSize]byte)
-				n := copy(next.window[windowSize-len(window):], window)
-				clear(next.window[:windowSize-n])
-			}
-			return nil
-		},
-	})
-	return &gzipReader{l, z}
-}
-
-// gzipReader looks for blocks too large to restart in.
-type gzipReader struct {
-	l *layer
-	z *inflate.Reader
-}
-
-func (g *gzipReader) Read(p []byte) (int, error) {
-	n, err := g.z.Read(p)
-	if g.z.MaxBlock() > g.l.o.MaxBlock {
-		g.l.giveUp()
-	}
-	if err != nil && err != io.EOF && !g.l.broken {
-		err = fmt.Errorf("%w: gzip: %w", ErrInvalid, err)
-	}
-	return n, err
-}
-
-// lastCut ends the span that is open when the blob ends.
-func (l *layer) lastCut(f Format, size int64) error {
-	s := l.spans.open
-	l.spans.open.window = nil
-	switch f {
-	case FormatGzip:
-		s.blob.End = l.taken
-	case FormatZstd:
-		if s.out.Start == size {
-			return nil // nothing but empty frames since the last cut
-		}
-	case FormatTar:
-		s.blob.End = l.taken
-		if s.blob.Empty() {
-			return nil
-		}
-	}
-	s.out.End = size
-	return l.cut(s)
-}
-
-// tarSpans cuts a plain tar on a grid.
-type tarSpans struct {
-	l   *layer
-	r   io.Reader
-	pos int64
-}
-
-func (t *tarSpans) Read(p []byte) (int, error) {
-	n, err := t.r.Read(p)
-	t.pos += int64(n)
-	open := &t.l.spans.open
-	for t.pos-open.out.Start >= t.l.o.SpanSize {
-		s := *open
-		s.out.End = s.out.Start + t.l.o.SpanSize
-		s.blob = s.out
-		if err := t.l.cut(s); err != nil {
-			return n, err
-		}
-		*open = cut{blob: Range{Start: s.blob.End}, out: Range{Start: s.out.End}}
-	}
-	return n, err
-}
-
-// zstdSpans inflates zstd frame by frame and groups whole frames to spans. Behind a frame that is too
-// large it goes on as a plain stream.
-type zstdSpans struct {
-	l      *layer
-	f      frameReader
-	out    []byte // rest of the current frame's content
-	pos    int64  // inflated offset behind out
-	stream *zstd.Decoder
-}
-
-func (z *zstdSpans) Read(p []byte) (int, error) {
-	for len(z.out) == 0 && z.stream == nil {
-		switch err := z.f.next(); {
-		case err == errBigFrame:
-			z.l.giveUp()
-			z.stream, err = zstd.NewReader(io.MultiReader(bytes.NewReader(z.f.frame), z.f.r),
-				zstd.WithDecoderConcurrency(2), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(128<<20),
-				zstd.WithDecoderMaxMemory(math.MaxInt64))
-			if err != nil {
-				return 0, err
-			}
-		case err != nil:
-			return 0, z.wrap(err)
-		default:
-			if err := z.group(); err != nil {
-				return 0, err
-			}
-			z.out = z.f.out
-		}
-	}
-	if z.stream != nil {
-		n, err := z.stream.Read(p)
-		return n, z.wrap(err)
-	}
-	n := copy(p, z.out)
-	z.out = z.out[n:]
-	return n, nil
-}
-
-// group adds the frame just read to the open span, or cuts that and starts another.
-func (z *zstdSpans) group() error {
-	open := &z.l.spans.open
-	n := int64(len(z.f.out))
-	end := z.pos + n
-	if !open.blob.Empty() && (end-open.out.Start > z.l.o.SpanSize || z.f.blob.End-open.blob.Start > maxSpan) {
-		s := *open
-		s.out.End = z.pos
-		if err := z.l.cut(s); err != nil {
-			return err
-		}
-		*open = cut{out: Range{Start: z.pos}}
-	}
-	if open.blob.Empty() {
-		open.blob.Start = z.f.blob.Start
-	}
-	open.blob.End = z.f.blob.End
-	z.pos = end
-	return nil
-}
-
-func (z *zstdSpans) wrap(err error) error {
-	if err == nil || err == io.EOF || z.l.broken || errors.Is(err, ErrInvalid) {
-		return err
-	}
-	return fmt.Errorf("%w: zstd: %w", ErrInvalid, err)
-}
-
-func (z *zstdSpans) close() {
-	if z.stream != nil {
-		z.stream.Close()
-	}
 }

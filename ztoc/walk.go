@@ -13,43 +13,36 @@ const tarBlock = 512
 
 func alignBlock(n int64) int64 { return (n + tarBlock - 1) &^ (tarBlock - 1) }
 
-// inflatedSize is how much of the inflated layer is handed from one stage of a build to the next at
-// a time: small enough for a core's cache, large enough to make the handing over cheap.
-const inflatedSize = 256 << 10
-
-// A tape is the inflated layer as the tar reader sees it. It counts, it can skip without copying, it
-// keeps the raw bytes of the headers that the tar reader swallows, and it passes all bytes on.
+// A tape is the inflated layer as the tar reader sees it. It counts, it can skip without copying, and
+// it keeps the raw bytes of the headers that the tar reader swallows.
 type tape struct {
-	src  io.Reader
-	pass func(b []byte) // sees every byte once, in order; may keep b only during the call. May be nil
+	src <-chan *buffer
 
-	buf    []byte
-	r, w   int
-	pos    int64 // offset in the inflated layer of buf[r]
-	err    error // of src
+	cur    *buffer
+	r      int   // next byte of cur
+	pos    int64 // its offset in the inflated layer
 	header []byte
 	from   int64 // bytes from this offset on are kept in header, while keep
 	keep   bool
 }
 
-func newTape(src io.Reader, pass func([]byte)) *tape {
-	return &tape{src: src, pass: pass, buf: make([]byte, inflatedSize)}
+func (t *tape) fill() bool {
+	for t.cur == nil || t.r == len(t.cur.b) {
+		t.close()
+		b, ok := <-t.src
+		if !ok {
+			return false
+		}
+		t.cur, t.r = b, 0
+	}
+	return true
 }
 
-func (t *tape) fill() bool {
-	if t.r < t.w {
-		return true
+func (t *tape) close() {
+	if t.cur != nil {
+		t.cur.release()
+		t.cur = nil
 	}
-	t.r, t.w = 0, 0
-	for t.err == nil && t.w < len(t.buf) {
-		var n int
-		n, t.err = t.src.Read(t.buf[t.w:])
-		t.w += n
-	}
-	if t.w > 0 && t.pass != nil {
-		t.pass(t.buf[:t.w])
-	}
-	return t.w > 0
 }
 
 func (t *tape) Read(p []byte) (int, error) {
@@ -57,9 +50,9 @@ func (t *tape) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	if !t.fill() {
-		return 0, t.err
+		return 0, io.EOF
 	}
-	n := copy(p, t.buf[t.r:t.w])
+	n := copy(p, t.cur.b[t.r:])
 	if t.keep && t.pos+int64(n) > t.from {
 		t.header = append(t.header, p[max(0, t.from-t.pos):n]...)
 	}
@@ -75,12 +68,9 @@ func (t *tape) Seek(n int64, whence int) (int64, error) {
 	}
 	for n > 0 {
 		if !t.fill() {
-			if t.err == io.EOF {
-				return 0, io.ErrUnexpectedEOF
-			}
-			return 0, t.err
+			return 0, io.ErrUnexpectedEOF
 		}
-		m := min(n, int64(t.w-t.r))
+		m := min(n, int64(len(t.cur.b)-t.r))
 		t.r += int(m)
 		t.pos += m
 		n -= m
@@ -88,16 +78,12 @@ func (t *tape) Seek(n int64, whence int) (int64, error) {
 	return t.pos, nil
 }
 
-// drain reads to the end and returns the size of the inflated layer.
-func (t *tape) drain() (int64, error) {
+// drain reads to the end.
+func (t *tape) drain() {
 	for t.fill() {
-		t.pos += int64(t.w - t.r)
-		t.r = t.w
+		t.pos += int64(len(t.cur.b) - t.r)
+		t.r = len(t.cur.b)
 	}
-	if t.err == io.EOF {
-		return t.pos, nil
-	}
-	return t.pos, t.err
 }
 
 // walkTar reads the archive on t and gives each of its entries to add. It returns where the tar
@@ -113,9 +99,6 @@ func walkTar(t *tape, add func(*Entry) error) (end int64, err error) {
 			return t.pos, nil
 		}
 		if err != nil && !errors.Is(err, tar.ErrInsecurePath) {
-			if t.err != nil && t.err != io.EOF {
-				return t.pos, t.err // the layer could not be read, which says more
-			}
 			return t.pos, fmt.Errorf("%w: tar header behind entry %d, at %d of the inflated layer: %w", ErrInvalid, n, t.pos, err)
 		}
 		e, physical, err := tarEntry(hdr, t.header, t.pos)
