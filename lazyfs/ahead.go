@@ -1,6 +1,8 @@
 package lazyfs
 
 import (
+	"context"
+
 	"github.com/muster-hpc/muster/lazyfs/tree"
 	"github.com/muster-hpc/muster/ztoc"
 )
@@ -142,13 +144,29 @@ func (s *Server) startReplay() {
 	if s.warm != nil {
 		s.warm.advise()
 	}
-	s.Ahead(s.cfg.Profile)
+	s.loadInOrder(s.cfg.Profile)
 }
 
 // Ahead has what p names loaded before readers ask for it, in its order and behind what earlier calls named: the
 // fetching of all of it starts now, inflating keeps within the budget for what nobody has read yet. It may be
-// called as soon as Serve runs, and returns at once.
-func (s *Server) Ahead(p Profile) {
+// called before Serve runs, and waits for that then; otherwise it returns at once.
+func (s *Server) Ahead(ctx context.Context, p Profile) {
+	if s.waitServing(ctx) == nil {
+		s.loadInOrder(p)
+	}
+}
+
+// waitServing waits until Serve runs.
+func (s *Server) waitServing(ctx context.Context) error {
+	select {
+	case <-s.serving:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (s *Server) loadInOrder(p Profile) {
 	units := s.unitsOf(p)
 	s.fetchAhead(units)
 	s.mu.Lock()

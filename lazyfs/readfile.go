@@ -9,9 +9,12 @@ import (
 
 // ReadFile reads from off of a regular file's content as a reader of the mount would see it, for whoever wants to
 // look into the image from within the process (the guess of what a program touches first). Like io.ReaderAt it
-// fills p or returns an error, io.EOF at the end of the file. It may be called as soon as Serve runs; what it
-// reads counts for nobody's profile.
+// fills p or returns an error, io.EOF at the end of the file. It waits until Serve runs; what it reads
+// counts for nobody's profile.
 func (s *Server) ReadFile(ctx context.Context, row tree.Row, p []byte, off int64) (int, error) {
+	if err := s.waitServing(ctx); err != nil {
+		return 0, err
+	}
 	n := 0
 	for n < len(p) {
 		e := s.table.Extent(row, off)

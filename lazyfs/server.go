@@ -107,10 +107,11 @@ type Server struct {
 	log    *slog.Logger
 	cfg    Config
 
-	conn  conn
-	slots *Slots
-	ctx   context.Context // of Serve; ends the fetches
-	stats counters
+	conn    conn
+	slots   *Slots
+	ctx     context.Context // of Serve; ends the fetches
+	serving chan struct{}   // closed when ctx and conn are set
+	stats   counters
 
 	inflated   *pool
 	compressed *pool
@@ -139,7 +140,7 @@ func New(c Config) (*Server, error) {
 	}
 	c.setDefaults()
 	s := &Server{
-		table: c.Table, look: c.Presentation, layers: c.Layers, blobs: c.Blobs, log: c.Log, cfg: c, slots: c.Slots,
+		table: c.Table, look: c.Presentation, layers: c.Layers, blobs: c.Blobs, log: c.Log, cfg: c, slots: c.Slots, serving: make(chan struct{}),
 		inflated: newPool(4 << 20), compressed: newPool(4 << 20),
 	}
 	s.ahead, _ = c.Blobs.(Prefetcher)
@@ -209,6 +210,7 @@ func (s *Server) Serve(ctx context.Context, dev *os.File) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s.ctx = ctx
+	close(s.serving)
 	s.log.Debug("serving", "init", s.cfg.Init.String(), "inodes", s.table.Len(), "layers", len(s.layers))
 
 	w := newScratch()

@@ -109,7 +109,7 @@ func (im *Image) keepProfile(p lazyfs.Profile) {
 // A Server is what the image asks of the lazyfs.Server that serves it.
 type Server interface {
 	ReadFile(ctx context.Context, row tree.Row, p []byte, off int64) (int, error)
-	Ahead(p lazyfs.Profile)
+	Ahead(ctx context.Context, p lazyfs.Profile)
 }
 
 // Guess has s fetch ahead what the command will probably touch first, when nothing better is known. It returns
@@ -129,7 +129,7 @@ func (im *Image) Guess(ctx context.Context, s Server) {
 		open: func(ctx context.Context, row tree.Row) io.ReaderAt {
 			return readerAt(func(p []byte, off int64) (int, error) { return s.ReadFile(ctx, row, p, off) })
 		},
-		found: func(row tree.Row) { s.Ahead(im.fileProfile(row)) },
+		found: func(row tree.Row) { s.Ahead(ctx, im.fileProfile(row)) },
 	}
 	g.guess(ctx, args)
 }
