@@ -239,9 +239,10 @@ func (p *parent) mount(e event) error {
 	if err := p.conn.SetReadahead(p.start.Ahead); err != nil && !errors.Is(err, fs.ErrPermission) && !errors.Is(err, fs.ErrNotExist) {
 		p.log.Debug("readahead stays as it is", "error", err)
 	}
-	table, err := os.Open("/proc/self/mountinfo")
+	// Not an *os.File: the runtime would poll it too, and each change shows to one poller only.
+	table, err := unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return os.NewSyscallError("open /proc/self/mountinfo", err)
 	}
 	go p.watchMounts(table)
 	return nil
@@ -263,11 +264,11 @@ func (p *parent) look() {
 	p.events <- event{looked: true, ready: err}
 }
 
-// watchMounts tells of changes of the mount table since f was opened. It sleeps in the kernel in between.
-func (p *parent) watchMounts(f *os.File) {
-	defer f.Close()
+// watchMounts tells of changes of the mount table since fd was opened. It sleeps in the kernel in between.
+func (p *parent) watchMounts(fd int) {
+	defer unix.Close(fd)
 	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(f.Fd()), Events: unix.POLLPRI}}, -1)
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}, -1)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
