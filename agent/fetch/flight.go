@@ -78,8 +78,8 @@ const (
 // A want is one Prefetch call's, or Stream's, interest in its flights. Guarded by Chain.mu.
 type want struct {
 	gone    bool
-	flights int // on the list now
-	begun   int // started so far
+	flights int         // on the list now
+	begun   int         // started so far
 	stop    func() bool // forgets the context's end, when there are no more flights; may be nil
 }
 
