@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"time"
 
 	"github.com/muster-hpc/muster/agent/fetch"
@@ -34,7 +35,10 @@ type Options struct {
 	// RequireLazy refuses an image (ErrNotLazy) of which a layer of 4 MiB or more would be fetched whole.
 	RequireLazy bool
 	// NoIndex passes over indexes beside the image, as if there were none.
-	NoIndex  bool
+	NoIndex bool
+	// Table is the table file of a mount that is alive, for the successor of its server: it is used as it is, and
+	// never built again. Nil: as usual.
+	Table    *os.File
 	Tool     string            // what tables built here say they were built by
 	Progress *Progress         // may be nil
 	Requests int               // to the origin at once; 0: the chain's default
@@ -52,6 +56,7 @@ type Image struct {
 
 	o        *opener
 	table    *tree.Table
+	file     *os.File // that table lies in; nil when it lies in memory
 	config   lazyfs.Config
 	start    string
 	startKey string
@@ -178,17 +183,23 @@ func (o *opener) keptImage(ref origin.Reference) (origin.Image, error) {
 }
 
 func (o *opener) keepImage(ref origin.Reference) {
-	err := o.Store.Put(store.KindRef, o.refKey(ref), func(w io.Writer) error { return json.NewEncoder(w).Encode(o.img) })
-	if err != nil {
-		o.Log.Debug("a resolved reference is not kept", "image", ref, "cause", err)
+	// By digest too: what once was resolved is then opened again without asking anybody.
+	for _, r := range []origin.Reference{ref, ref.WithDigest(o.img.Digest)} {
+		err := o.Store.Put(store.KindRef, o.refKey(r), func(w io.Writer) error { return json.NewEncoder(w).Encode(o.img) })
+		if err != nil {
+			o.Log.Debug("a resolved reference is not kept", "image", r, "cause", err)
+		}
 	}
 }
 
 // openTable maps the kept table of the image, or builds it.
 func (im *Image) openTable(views []*view) error {
+	if im.o.Table != nil {
+		return im.mapTable(im.o.Table)
+	}
 	key := tableKey(views)
-	if b, err := im.o.mapFile(store.KindTable, key); err == nil {
-		if im.table, err = tree.Open(b); err == nil {
+	if f, err := im.o.Store.Get(store.KindTable, key); err == nil {
+		if err = im.mapTable(f); err == nil {
 			return nil
 		}
 		im.o.Log.Warn("building a table again", "cause", err)
@@ -215,12 +226,11 @@ func (im *Image) openTable(views []*view) error {
 	})
 	if put == nil {
 		buf = nil
-		b, err := im.o.mapFile(store.KindTable, key)
+		f, err := im.o.Store.Get(store.KindTable, key)
 		if err != nil {
 			return err
 		}
-		im.table, err = tree.Open(b)
-		return err
+		return im.mapTable(f)
 	}
 	if !errors.Is(put, store.ErrNoSpace) {
 		return put
@@ -232,6 +242,20 @@ func (im *Image) openTable(views []*view) error {
 	}
 	im.table, put = tree.Open(buf)
 	return put
+}
+
+// mapTable opens the table that f holds; f is the image's from here on.
+func (im *Image) mapTable(f *os.File) error {
+	b, err := im.o.maps.add(f)
+	if err == nil {
+		im.table, err = tree.Open(b)
+	}
+	if err != nil {
+		_ = f.Close()
+		return err
+	}
+	im.file = f
+	return nil
 }
 
 // tableKey names a table by everything it depends on: which spans the offsets in it count from.
@@ -251,6 +275,7 @@ func (im *Image) record(views []*view) {
 		Files: []store.File{
 			{Kind: store.KindTable, Key: tableKey(views)},
 			{Kind: store.KindRef, Key: im.o.refKey(im.Resolved.Ref)},
+			{Kind: store.KindRef, Key: im.o.refKey(im.Resolved.Ref.WithDigest(im.Resolved.Digest))},
 			{Kind: store.KindProfile, Key: im.startKey},
 			{Kind: store.KindWarm, Key: im.startKey},
 		},
@@ -291,6 +316,9 @@ func (im *Image) Config() lazyfs.Config { return im.config }
 // Table is the image's tree.
 func (im *Image) Table() *tree.Table { return im.table }
 
+// TableFile is the file that the table lies in, nil when it lies in memory. It stays open until Close.
+func (im *Image) TableFile() *os.File { return im.file }
+
 // Start says what the mount fetches ahead by: "warm", "profile", "guess" or "nothing".
 func (im *Image) Start() string { return im.start }
 
@@ -313,6 +341,9 @@ func (im *Image) Close() error {
 		im.config.Warm.Close()
 	}
 	im.o.maps.close()
+	if im.file != nil {
+		_ = im.file.Close()
+	}
 	return err
 }
 

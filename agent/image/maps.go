@@ -5,8 +5,6 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/muster-hpc/muster/agent/store"
 )
 
 // mappings are the files an image has mapped: its table and its ztocs. What is mapped costs page
@@ -43,14 +41,4 @@ func (m *mappings) close() {
 		unix.Munmap(b) //nolint:errcheck // it was mapped by add
 	}
 	m.b = nil
-}
-
-// mapFile maps a small file of the store.
-func (o *opener) mapFile(kind store.Kind, key string) ([]byte, error) {
-	f, err := o.Store.Get(kind, key)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return o.maps.add(f)
 }

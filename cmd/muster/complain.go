@@ -3,23 +3,42 @@ package main
 import (
 	"errors"
 	"fmt"
+
+	"github.com/muster-hpc/muster/agent/origin"
 )
 
-// complain tells an error to a person: what failed (the packages below name image, host and cause),
-// and the next thing to try. Never a stack trace.
+// complain tells an error to a person: image, host and cause, then the next thing to try. Never a stack
+// trace.
 func (a *app) complain(err error) {
-	fmt.Fprintf(a.err, "muster: %v\n", err)
+	text, next := err.Error(), ""
+	// What an origin says names image, host and cause by itself; what was wrapped around it on the way only
+	// says that again.
+	var o *origin.Error
+	if errors.As(err, &o) {
+		said := *o
+		next, said.Next = o.Next, ""
+		text = said.Error()
+	}
+	fmt.Fprintf(a.err, "muster: %s\n", text)
+	if next == "" {
+		next = nextStep(err)
+	}
+	if next != "" {
+		fmt.Fprintf(a.err, "try: %s\n", next)
+	}
+}
+
+// nextStep is what usually helps against errors of this kind.
+func nextStep(err error) string {
 	code := exitCode(err)
-	if code == exitRunFailed {
-		// The reason beneath says more than "muster failed".
-		var c *coded
-		if errors.As(err, &c) {
-			code = exitCode(c.err)
-		}
+	var c *coded
+	if code == exitRunFailed && errors.As(err, &c) {
+		code = exitCode(c.err) // the reason beneath says more than that muster failed
 	}
 	for _, e := range exitCodes {
-		if e.code == code && e.next != "" {
-			fmt.Fprintf(a.err, "try: %s\n", e.next)
+		if e.code == code {
+			return e.next
 		}
 	}
+	return ""
 }

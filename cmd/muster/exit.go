@@ -45,7 +45,7 @@ var exitCodes = []struct {
 	next    string
 }{
 	{exitDone, "done", ""},
-	{exitOther, "any other error", "run again with --log-level debug"},
+	{exitOther, "any other error", ""},
 	{exitUsage, "wrong usage: a flag, an argument or a key of the configuration", "see 'muster help' and 'muster help config'"},
 	{exitNoImage, "no such image, tag or platform", "check the name and the tag, and --platform"},
 	{exitUnauthorized, "not authorised", "log in with 'docker login' or 'podman login' as this user, or ask who owns the image"},

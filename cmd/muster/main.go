@@ -17,6 +17,7 @@ import (
 
 	"github.com/muster-hpc/muster/agent/runtime"
 	"github.com/muster-hpc/muster/lazyfs"
+	"github.com/muster-hpc/muster/lazyfs/mountd"
 )
 
 func main() {
@@ -26,6 +27,8 @@ func main() {
 		m.AllowOther = true // everybody in the namespace, and nobody else is
 		return lazyfs.Mount(ctx, dir, m)
 	})
+	// So are the processes of a mount.
+	mountd.Main(buildMount, exitCode)
 	os.Exit(run(os.Args[1:]))
 }
 
@@ -87,6 +90,8 @@ Settings come from flags, MUSTER_… variables and /etc/muster/agent.yaml, in th
 	a.flags(root)
 	root.AddCommand(
 		a.runCommand(),
+		a.mountCommand(),
+		a.umountCommand(),
 		a.ztocCommand(),
 		a.indexCommand(),
 		a.cacheCommand(),

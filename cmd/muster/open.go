@@ -86,6 +86,15 @@ func (o *opened) Close() error {
 
 // openImage opens ref and shows how far it is. What fails names the image.
 func (a *app) openImage(ctx context.Context, ref string, f imageFlags, command []string, onFetch func(fetch.Event)) (*opened, error) {
+	progress := new(image.Progress)
+	defer a.showOpening(ref, progress.Snapshot)()
+	return a.openWith(ctx, ref, image.Options{
+		Platform: f.platform, RequireLazy: f.requireLazy, Command: command, OnFetch: onFetch, Progress: progress,
+	})
+}
+
+// openWith opens ref as o and the configuration say.
+func (a *app) openWith(ctx context.Context, ref string, o image.Options) (*opened, error) {
 	if n := a.cfg.Cores; n > 0 {
 		goruntime.GOMAXPROCS(n)
 	}
@@ -97,14 +106,10 @@ func (a *app) openImage(ctx context.Context, ref string, f imageFlags, command [
 	if err != nil {
 		return nil, err
 	}
-	progress := new(image.Progress)
-	show := a.showOpening(ref, progress)
-	img, err := image.Open(ctx, image.Options{
-		Repo: repo, Store: st, Platform: f.platform, Presentation: presentation(), Command: command,
-		SpanSize: int64(a.cfg.Index.SpanSize), RequireLazy: f.requireLazy, NoIndex: !a.cfg.Index.Use,
-		Tool: "muster " + version, Progress: progress, Requests: a.cfg.Origin.Connections, OnFetch: onFetch, Log: slog.Default(),
-	})
-	show()
+	o.Repo, o.Store, o.Presentation = repo, st, presentation()
+	o.SpanSize, o.NoIndex = int64(a.cfg.Index.SpanSize), !a.cfg.Index.Use
+	o.Tool, o.Requests, o.Log = "muster "+version, a.cfg.Origin.Connections, slog.Default()
+	img, err := image.Open(ctx, o)
 	if err != nil {
 		_ = st.Close()
 		if !strings.Contains(err.Error(), ref) {

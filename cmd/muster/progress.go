@@ -21,7 +21,7 @@ const (
 
 // showOpening tells on the standard error how far the opening of an image is, until the function that
 // it returns is called: a bar on a terminal, a line now and then elsewhere, nothing with --quiet.
-func (a *app) showOpening(name string, p *image.Progress) (stop func()) {
+func (a *app) showOpening(name string, snapshot func() image.Snapshot) (stop func()) {
 	if a.quiet {
 		return func() {}
 	}
@@ -45,7 +45,7 @@ func (a *app) showOpening(name string, p *image.Progress) (stop func()) {
 				if now.Sub(started) < silentFor {
 					continue
 				}
-				s := p.Snapshot()
+				s := snapshot()
 				if bar {
 					fmt.Fprint(a.err, "\r\x1b[K"+fit(openingLine(name, s, now.Sub(started), true), width(a.err)))
 					drawn = true
