@@ -65,6 +65,10 @@ func TestMain(m *testing.M) {
 
 // tortureProcess works until it is killed or its standard input ends. It prints a line for each thing worth counting.
 func tortureProcess(dir string) error {
+	for i := range tortureBlobs() {
+		tortureRefs[i]()
+	}
+	fmt.Println("ready") // from here on it may be killed
 	s, err := Open(dir, Options{Quota: tortureQuota})
 	if err != nil {
 		return err
@@ -276,11 +280,13 @@ func tortureRun(t *testing.T, dir string, d time.Duration) map[string]int {
 		t.Error(err)
 		return nil
 	}
-	kill := time.AfterFunc(d, func() { cmd.Process.Kill() })
-	defer kill.Stop()
 	lines := map[string]int{}
 	sc := bufio.NewScanner(out)
 	for sc.Scan() {
+		if sc.Text() == "ready" {
+			kill := time.AfterFunc(d, func() { cmd.Process.Kill() })
+			defer kill.Stop()
+		}
 		if strings.HasPrefix(sc.Text(), "FAIL") {
 			t.Error(sc.Text())
 		}
