@@ -42,7 +42,10 @@ type decoder struct {
 	out []byte
 	wp  int // next byte of out to write
 	end int // decode up to here; out goes on for at least maxMatch+slack bytes, unless end is its end
-	lo  int // matches reach back to here and not beyond
+	// What is below windowSize of out is still so far up, 0 if not: it was not needed yet.
+	away int
+
+	lo int // matches reach back to here and not beyond
 
 	stage stage
 	last  bool // the current block is the last one
@@ -53,6 +56,14 @@ type decoder struct {
 	lens  [320]uint8
 	clen  [1 << 7]uint8         // code length code: symbol<<3 | bits
 	used  *[windowSize / 8]byte // of the 32 KiB at the start of out, which bytes matches reach; nil: not asked
+}
+
+// restart makes d new but for its tables, with this output.
+func (d *decoder) restart(out []byte, end int) {
+	d.in, d.pos, d.bb, d.nb = nil, 0, 0, 0
+	d.out, d.wp, d.end, d.lo, d.away = out, 0, end, 0, 0
+	d.used = nil
+	d.reset()
 }
 
 // reset makes d ready for the start of a deflate stream.
@@ -85,9 +96,16 @@ func (d *decoder) drop(n uint) {
 	d.nb -= n
 }
 
-// align drops the bits up to the next byte and gives the bytes in the bit buffer back to the input.
-func (d *decoder) align() {
+// unread gives the whole bytes in the bit buffer back to the input.
+func (d *decoder) unread() {
 	d.pos -= int(d.nb >> 3)
+	d.nb &= 7
+	d.bb &= 1<<d.nb - 1
+}
+
+// align drops the bits up to the next byte.
+func (d *decoder) align() {
+	d.unread()
 	d.bb, d.nb = 0, 0
 }
 
@@ -103,6 +121,9 @@ func (d *decoder) run() status {
 		case atBlock:
 			if s := d.header(); s != isFull {
 				return s
+			}
+			if d.stage == inCodes {
+				d.fetchWindow()
 			}
 		case inStored:
 			n := copy(d.out[d.wp:max(d.end, d.wp)], d.in[d.pos:min(len(d.in), d.pos+d.left)])
@@ -124,6 +145,17 @@ func (d *decoder) run() status {
 			return s
 		}
 	}
+}
+
+// fetchWindow moves the window to where it belongs if it is away.
+func (d *decoder) fetchWindow() {
+	if d.away == 0 {
+		return
+	}
+	if lo := d.wp - windowSize; lo < windowSize {
+		copy(d.out[lo:windowSize], d.out[d.away+lo:])
+	}
+	d.away = 0
 }
 
 // closeBlock ends the current block.
@@ -262,7 +294,8 @@ func (d *decoder) readCodes() status {
 	return isFull
 }
 
-// codeLengthCode makes d.clen of the lengths of the code length code.
+// codeLengthCode makes d.clen of the lengths of the code length code. As with zlib, one without any
+// code makes every bit stand for length 0.
 func (d *decoder) codeLengthCode(clens *[19]uint8) bool {
 	var count [8]int
 	for _, n := range clens {
@@ -276,6 +309,12 @@ func (d *decoder) codeLengthCode(clens *[19]uint8) bool {
 		code <<= 1
 		next[n] = code
 		code += uint(count[n])
+	}
+	if count[0] == len(clens) {
+		for i := range d.clen {
+			d.clen[i] = 1
+		}
+		return true
 	}
 	if left != 0 {
 		return false

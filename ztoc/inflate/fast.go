@@ -46,6 +46,7 @@ func (d *decoder) fastGo(inEnd, outEnd int) (how int) {
 			pos += int(63-nb) >> 3
 			nb |= 56
 		}
+		wrong, wrongBits := bb, nb // in case something is wrong: left to the careful loop
 		if e&isOther != 0 {
 			if e&isSub == isSub {
 				bb >>= litBits
@@ -60,11 +61,12 @@ func (d *decoder) fastGo(inEnd, outEnd int) (how int) {
 				}
 			}
 			if e&isOther != 0 {
-				how = fastBad
 				if e&isEnd == isEnd {
 					bb >>= e & 63
 					nb -= uint64(e & 63)
 					how = fastEnd
+				} else {
+					bb, nb = wrong, wrongBits
 				}
 				break
 			}
@@ -80,7 +82,7 @@ func (d *decoder) fastGo(inEnd, outEnd int) (how int) {
 				e = dist[uint64(e>>16)+bb&(1<<(e>>8&15)-1)]
 			}
 			if e&isOther != 0 {
-				how = fastBad
+				bb, nb = wrong, wrongBits
 				break
 			}
 		}
@@ -88,7 +90,7 @@ func (d *decoder) fastGo(inEnd, outEnd int) (how int) {
 		bb >>= e & 63
 		nb -= uint64(e & 63)
 		if back > wp-lo {
-			how = fastFar
+			bb, nb = wrong, wrongBits
 			break
 		}
 		end := wp + length

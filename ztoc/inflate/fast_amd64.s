@@ -5,7 +5,7 @@
 //
 //	AX entry of the next literal or length   BX bit buffer   CX bits in it (low byte; the rest is rubbish)
 //	SI input   DI output   R8 literal table   R9 distance table   R10, R11 limits of SI, DI   R15 lowest match
-//	DX, R12, R13, R14 free
+//	DX, R12, R13, R14 free   X2, X3 BX, CX before the length or whatever it is
 
 // REFILL loads bytes so that 56 to 63 bits count and all 64 are right.
 #define REFILL \
@@ -90,6 +90,8 @@ later:
 	REFILL
 
 length:
+	MOVQ  BX, X2              // for the case that something is wrong
+	MOVQ  CX, X3
 	TESTL $const_isOther, AX
 	JNE   other
 	LENGTH
@@ -116,7 +118,7 @@ haveDistance:
 	MOVQ  DI, DX
 	SUBQ  R13, DX
 	CMPQ  DX, R15
-	JCS   far
+	JCS   bad
 	MOVOU (DX), X0
 	CMPL  R13, $16
 	JCS   near
@@ -205,16 +207,13 @@ otherDistance:
 	TESTL $const_isOther, DX
 	JEQ   haveDistance
 
+	// Something is wrong: leave the symbol to the careful loop, which says what.
 bad:
-	MOVQ $const_fastBad, AX
-	JMP  done
-
-far:
-	MOVQ $const_fastFar, AX
-	JMP  done
+	MOVQ X2, BX
+	MOVQ X3, CX
 
 limit:
-	MOVQ $const_fastLimit, AX
+	MOVQ $const_fastStop, AX
 
 done:
 	MOVQ    AX, ret+32(FP)

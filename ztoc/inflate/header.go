@@ -46,13 +46,13 @@ func readMember(next func() (byte, bool)) Cause {
 		crc = crc32.Update(crc, crc32.IEEETable, b[:])
 		return int(c)
 	}
-	magic := take() | take()<<8
+	if magic := take() | take()<<8; magic != 0x8b1f && !ended {
+		return BadMagic
+	}
 	method, flags := take(), take()
 	switch {
 	case ended:
 		return Truncated
-	case magic != 0x8b1f:
-		return BadMagic
 	case method != 8:
 		return BadMethod
 	case flags&flagReserved != 0:
@@ -82,23 +82,27 @@ func readMember(next func() (byte, bool)) Cause {
 
 // trailer reads a member's trailer and checks the data against it. On failure z.err is set.
 func (z *Reader) trailer() {
-	var t [8]byte
+	size := uint32(z.zero + int64(z.d.wp) - z.start)
+	if z.expect(z.crc, BadCRC) && z.expect(size, BadLength) {
+		z.phase = atNext
+	}
+}
+
+// expect takes four bytes, which should be v, the lowest byte first.
+func (z *Reader) expect(v uint32, otherwise Cause) bool {
 	at := z.InputOffset()
-	for i := range t {
+	var b [4]byte
+	for i := range b {
 		c, ok := z.next()
 		if !ok {
 			z.fail(Truncated) // unless reading failed
-			return
+			return false
 		}
-		t[i] = c
+		b[i] = c
 	}
-	if binary.LittleEndian.Uint32(t[:4]) != z.crc {
-		z.end(&Error{Offset: at, Err: BadCRC})
-		return
+	if binary.LittleEndian.Uint32(b[:]) != v {
+		z.end(&Error{Offset: at, Err: otherwise})
+		return false
 	}
-	if binary.LittleEndian.Uint32(t[4:]) != uint32(z.zero+int64(z.d.wp)-z.start) {
-		z.end(&Error{Offset: at + 4, Err: BadLength})
-		return
-	}
-	z.phase = atNext
+	return true
 }

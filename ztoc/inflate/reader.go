@@ -11,7 +11,7 @@ const (
 )
 
 // shortRead is how much is read where a block's header is expected between stored blocks, bytes.
-const shortRead = 4 << 10
+const shortRead = 512
 
 // A Checkpoint is a place in a gzip file where inflating can be taken up again, given the window:
 // the end of a deflate block that is not the last of its member, or the start of a member's data.
@@ -38,11 +38,16 @@ type Options struct {
 // A Reader inflates a gzip file of one or more members. Checksum and length of each are checked;
 // zeros after the last one are ignored. It is for one goroutine at a time.
 type Reader struct {
+	d   decoder // d.in is the valid part of buf
+	buf [inSize]byte
+	out [outSize + maxMatch + slack]byte
+	state
+}
+
+// state is what a Reader starts anew with.
+type state struct {
 	r    io.Reader
 	o    Options
-	d    decoder
-	buf  []byte // input buffer; d.in is its valid part
-	out  [outSize + maxMatch + slack]byte
 	base int64 // offset in the file of d.in[0]
 	zero int64 // offset in the inflated data of d.out[0]
 	eof  bool  // r has ended
@@ -73,11 +78,15 @@ const (
 
 // NewReader makes a Reader of the gzip file that r reads. It reads ahead and holds less than 1 MiB.
 func NewReader(r io.Reader, o Options) *Reader {
-	z := &Reader{r: r, o: o}
-	z.buf = make([]byte, inSize)
-	z.d.out = z.out[:]
-	z.d.end = outSize
+	z := new(Reader)
+	z.Reset(r, o)
 	return z
+}
+
+// Reset makes z as NewReader would, but in the same memory.
+func (z *Reader) Reset(r io.Reader, o Options) {
+	z.d.restart(z.out[:], outSize)
+	z.state = state{r: r, o: o}
 }
 
 // Read inflates into p. After the last member it returns io.EOF; a malformed file, or one that ends
@@ -230,6 +239,7 @@ func (z *Reader) restart() {
 		return
 	}
 	z.due = out + z.o.Interval
+	d.fetchWindow()
 	c := Checkpoint{In: z.InputOffset(), Out: out, Bits: uint8(d.nb & 7)}
 	if err := z.o.OnCheckpoint(c, d.out[max(d.lo, d.wp-windowSize):d.wp]); err != nil {
 		z.err = err
@@ -254,7 +264,8 @@ func (z *Reader) end(err error) {
 // fill reads more input behind what is left of it.
 func (z *Reader) fill() {
 	d := &z.d
-	n := copy(z.buf, d.in[d.pos:])
+	d.unread() // they might have to be given back later, when they no longer are in the buffer
+	n := copy(z.buf[:], d.in[d.pos:])
 	z.base += int64(d.pos)
 	d.pos, d.in = 0, z.buf[:n]
 	size := inSize
@@ -266,6 +277,7 @@ func (z *Reader) fill() {
 		d.wp += m
 		d.left -= m
 		z.stored = true
+		z.sum() // while it is near
 		return
 	case z.stored && d.stage != inCodes:
 		size = max(shortRead, n+1) // what follows may well be stored as well
@@ -297,14 +309,20 @@ func (z *Reader) read(p []byte) int {
 	return 0
 }
 
-// slide moves the window to the start of the output buffer.
+// slide makes room in the output buffer: it moves the window to its start. In stored data it leaves
+// that to be done once the window is needed, if it ever is.
 func (z *Reader) slide() {
 	d := &z.d
 	shift := d.wp - windowSize
-	copy(d.out, d.out[shift:d.wp])
 	d.wp -= shift
 	d.lo = max(0, d.lo-shift)
 	z.rp -= shift
 	z.sp -= shift
 	z.zero += int64(shift)
+	d.away = shift
+	d.end = outSize / 2
+	if d.stage != inStored {
+		d.end = outSize
+		d.fetchWindow()
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"hash/crc32"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"testing/iotest"
 )
@@ -115,7 +116,7 @@ func checkSpans(t *testing.T, gz, want []byte, points []restart) {
 		check := func(how string, err error) {
 			t.Helper()
 			if err != nil {
-				t.Fatalf("%s of span %d at %+v: %v", how, i, p.Checkpoint, err)
+				t.Fatalf("%s of span %d of %d at %+v to %d, %d: %v", how, i, len(points), p.Checkpoint, in, out, err)
 			}
 			if !bytes.Equal(dst, want[p.Out:out]) {
 				t.Fatalf("%s of span %d at %+v: wrong data", how, i, p.Checkpoint)
@@ -335,7 +336,7 @@ func TestMalformed(t *testing.T) {
 func TestSpanMalformed(t *testing.T) {
 	data := samples()["text"][:100_000]
 	raw := rawDeflate(t, data, 6)
-	dst := make([]byte, len(data))
+	dst := make([]byte, len(data)+1)
 	for _, test := range []struct {
 		name   string
 		src    []byte
@@ -350,9 +351,9 @@ func TestSpanMalformed(t *testing.T) {
 		{"bits of nothing", nil, 1, 10, BadBits, 0},
 		{"nothing of nothing", nil, 0, 0, "", 0},
 		{"distance", []byte{3, 2}, 0, 10, TooFar, 1},
-		{"no next member", append(bytes.Clone(raw), "12345678garbage"...), 0, len(data) + 1, BadMagic, int64(len(raw) + 8)},
+		{"no next member", slices.Concat(raw, []byte("12345678garbage")), 0, len(data) + 1, BadMagic, int64(len(raw) + 8)},
 	} {
-		err := Span(append(dst, 0)[:test.dst], test.src, test.bits, nil)
+		err := Span(dst[:test.dst], test.src, test.bits, nil)
 		var e *Error
 		if test.cause == "" {
 			if err != nil {

@@ -66,29 +66,35 @@ func span(dst, src []byte, bits uint8, window []byte, used *[windowSize / 8]byte
 // fillSpan decodes until d.wp reaches d.end, across the ends of members.
 func (d *decoder) fillSpan() error {
 	for d.wp < d.end {
+		if d.stage == atBlock && d.last {
+			d.align()
+			at := min(len(d.in), d.pos+8)
+			if c := d.nextMember(); c != "" {
+				return &Error{Offset: int64(at), Err: c}
+			}
+		}
 		switch d.run() {
 		case needInput:
 			return &Error{Offset: int64(len(d.in)), Err: Truncated}
 		case isBad:
 			return &Error{Offset: int64(d.consumed()), Err: d.cause}
-		case lastEnd:
-			d.align()
-			d.pos = min(len(d.in), d.pos+8)
-			at := d.pos
-			c := readMember(func() (byte, bool) {
-				if d.pos == len(d.in) {
-					return 0, false
-				}
-				d.pos++
-				return d.in[d.pos-1], true
-			})
-			if c != "" {
-				return &Error{Offset: int64(at), Err: c}
-			}
-			d.reset()
-			d.lo = d.wp
-		case blockEnd, isFull:
+		case blockEnd, lastEnd, isFull:
 		}
 	}
 	return nil
+}
+
+// nextMember takes, from the byte after a member's data, its trailer and the next one's header.
+func (d *decoder) nextMember() Cause {
+	d.pos = min(len(d.in), d.pos+8)
+	c := readMember(func() (byte, bool) {
+		if d.pos == len(d.in) {
+			return 0, false
+		}
+		d.pos++
+		return d.in[d.pos-1], true
+	})
+	d.reset()
+	d.lo = d.wp
+	return c
 }

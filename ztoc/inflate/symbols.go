@@ -5,13 +5,8 @@ func (d *decoder) symbols() status {
 	if d.used == nil {
 		inEnd, outEnd := len(d.in)-fastIn, min(d.end, len(d.out)-maxMatch-slack)
 		if d.pos <= inEnd && d.wp < outEnd {
-			switch d.fast(inEnd, outEnd) {
-			case fastEnd:
+			if d.fast(inEnd, outEnd) == fastEnd {
 				return blockEnd
-			case fastBad:
-				return d.bad(BadSymbol)
-			case fastFar:
-				return d.bad(TooFar)
 			}
 		}
 	}
@@ -23,10 +18,8 @@ const fastIn = 16
 
 // What the fast loop says.
 const (
-	fastLimit = iota // input or output came to the limit
-	fastEnd          // the end of the block was read
-	fastBad          // invalid code
-	fastFar          // distance reaches too far
+	fastStop = iota // input or output came to the limit, or something is wrong with the next symbol
+	fastEnd         // the end of the block was read
 )
 
 // careful decodes up to the last bit of the input and the last byte of the output, one symbol at a
