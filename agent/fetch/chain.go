@@ -398,6 +398,16 @@ func (c *Chain) blob(ref ztoc.BlobRef, r ztoc.Range) (*blob, error) {
 	return b, nil
 }
 
+// Local reports whether the store has all of r, so that ReadAt would not wait for the origin. It does not wait itself.
+func (c *Chain) Local(ref ztoc.BlobRef, r ztoc.Range) bool {
+	b, err := c.blob(ref, r)
+	if err != nil {
+		return false
+	}
+	st := b.kept.get()
+	return st != nil && len(st.Missing(r)) == 0
+}
+
 // Prefetch asks for ranges that somebody may read soon, in this order, and returns at once. What has not
 // arrived when ctx ends is dropped. Errors are not reported: a later read will meet them.
 func (c *Chain) Prefetch(ctx context.Context, ref ztoc.BlobRef, ranges []ztoc.Range) {

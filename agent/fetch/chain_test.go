@@ -101,7 +101,11 @@ func TestSmallBlobIsFetchedWhole(t *testing.T) {
 	data := fetchtest.Content(1, 900*kib)
 	o := fetchtest.NewOrigin(data)
 	c := newChain(t, fetch.Options{Store: fetchtest.NewStore(), Origin: o})
+	if c.Local(fetchtest.Ref(data), ztoc.Range{Start: 500 * kib, End: 501 * kib}) {
+		t.Error("local before it is fetched")
+	}
 	mustRead(t, c, data, fetchtest.Ref(data), 500*kib, 501*kib)
+	eventually(t, "the rest arrives", func() bool { return c.Local(fetchtest.Ref(data), ztoc.Range{End: 900 * kib}) })
 	mustRead(t, c, data, fetchtest.Ref(data), 0, 900*kib)
 	if got := trace(o); got != "0+900" {
 		t.Errorf("requests %s", got)
