@@ -315,10 +315,15 @@ func (r *remote) ask(ctx context.Context, e *endpoint, c *call) (*answer, error)
 			f := a.refuse(r, c, elsewhere, ErrUnauthorized, "", r.loginHint(e))
 			limit := 1
 			if auth.everWorked() {
-				limit = 4 // it held before, so this is expiry, and a fast rotation can win a race or two
+				limit = 6 // it held before, so this is expiry, and a fast rotation can win a race or two
 			}
-			if renewals++; renewals > limit || header != "" && status == http.StatusForbidden && a.Header.Get("Www-Authenticate") == "" && renewals > 1 {
+			if renewals++; renewals > limit {
 				return nil, f
+			}
+			if renewals > 2 {
+				if err := sleep(ctx, jitter(renewals-3)); err != nil {
+					return nil, err
+				}
 			}
 			if err := r.c.renew(ctx, e, auth, r.ref.Repository, gen, a.Header); err != nil {
 				return nil, r.renewFailed(e, c, f, err)

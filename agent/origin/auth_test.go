@@ -63,10 +63,10 @@ func TestNothingExpiresForTheReader(t *testing.T) {
 		t.Run(fmt.Sprint(refused), func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t, registry.Options{})
-			if _, err := w.RequireTokens(registry.TokenOptions{TTL: 60 * time.Millisecond, Refused: refused, User: "u", Password: "hunter2"}); err != nil {
+			if _, err := w.RequireTokens(registry.TokenOptions{TTL: 250 * time.Millisecond, Refused: refused, User: "u", Password: "hunter2"}); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := w.RedirectBlobs(registry.RedirectOptions{TTL: 45 * time.Millisecond}); err != nil {
+			if _, err := w.RedirectBlobs(registry.RedirectOptions{TTL: 100 * time.Millisecond}); err != nil {
 				t.Fatal(err)
 			}
 			o := quick()

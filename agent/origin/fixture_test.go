@@ -212,3 +212,6 @@ func writeFile(t testing.TB, text string, path ...string) string {
 func opener(b []byte) func() (io.ReadCloser, error) {
 	return func() (io.ReadCloser, error) { return bytesBody(b), nil }
 }
+
+// copyAll counts what r still gives.
+func copyAll(r io.Reader) (int64, error) { return io.Copy(io.Discard, r) }
