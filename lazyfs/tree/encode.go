@@ -222,6 +222,7 @@ func (c *encoder) fill(n *name, parent, dirent uint32) error {
 		le.PutUint32(r[rowCount:], uint32(size))
 	case modeChar, modeBlock:
 		le.PutUint32(r[rowRdev:], device(e.Devmajor, e.Devminor))
+		c.totals.Devices++
 	case modeReg:
 		size, blocks = e.Size, c.content(r, i)
 		c.totals.Bytes += size

@@ -127,7 +127,8 @@ const (
 	maxTarget   = 4095     // bytes of a symlink's target
 	maxXattr    = 64 << 10 // bytes of one xattr value, as Linux has it
 	maxXattrs   = 255      // of one inode: their names fit the 64 KiB of listxattr
-	maxDepth    = 2048     // elements of a path, as many as fit into PATH_MAX
+	maxPath     = 4095     // bytes of a path within the image, as many as fit into PATH_MAX
+	maxDepth    = 2048     // elements of a path
 	maxLayers   = 1 << 16
 	maxRef      = 1024 // bytes of a layer's digest, of its ztoc's key
 	maxRows     = 1<<32 - 2

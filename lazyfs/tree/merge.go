@@ -19,6 +19,7 @@ type name struct {
 	upper  int32 // the last layer that brought this name or something beneath it; -1 for none
 	hidden int32 // the last layer for which hideBeneath has been here; -1 for none
 	depth  uint16
+	length uint16 // of the path from the root, with its leading slash; 0 for the root
 }
 
 // An inode is what one or more names lead to.
@@ -147,7 +148,7 @@ func (m *merge) put(e *ztoc.Entry) error {
 		}
 		link = m.names[n].inode
 	}
-	at, err := m.directory(dir, true)
+	at, err := m.makeDirectory(dir, len(base))
 	if err != nil {
 		return err
 	}
@@ -246,7 +247,7 @@ func (m *merge) addName(parent uint32, text string, ino uint32) uint32 {
 	m.names[parent].child = n
 	m.names = append(m.names, name{
 		text: text, parent: parent, inode: ino, next: first, upper: -1, hidden: -1,
-		depth: m.names[parent].depth + 1,
+		depth: m.names[parent].depth + 1, length: m.names[parent].length + 1 + uint16(len(text)),
 	})
 	if first != 0 {
 		m.names[first].prev = n
@@ -321,7 +322,7 @@ func (m *merge) whiteout(dir, base string) error {
 	case "", ".", "..":
 		return refusal("whiteout of no name") // umoci would remove the directory, or the one above
 	}
-	at, err := m.directory(dir, false)
+	at, err := m.directory(dir)
 	if err == errAbsent || err == errNotInDir {
 		return nil
 	}
@@ -374,7 +375,7 @@ const (
 	errLinkLoop = refusal("too many symbolic links in its path")
 	errLongName = refusal("a directory in its path has a name longer than 255 bytes")
 	errNul      = refusal("a directory in its path has a NUL byte")
-	errTooDeep  = refusal("directories are nested too deeply")
+	errTooLong  = refusal("path is longer than 4095 bytes")
 
 	setgid = 0o2000
 
@@ -384,9 +385,9 @@ const (
 	mergeSteps = 4096
 )
 
-// directory finds the directory that the clean path dir leads to, symbolic links followed within the root.
-// With create, what is missing is made; else errAbsent.
-func (m *merge) directory(dir string, create bool) (uint32, error) {
+// directory finds the directory that the clean path dir leads to, symbolic links followed within the root;
+// errAbsent when it does not exist, with m.pending as walk leaves it and the directory that does.
+func (m *merge) directory(dir string) (uint32, error) {
 	if m.lastOK && m.lastDir == dir {
 		return m.lastName, nil
 	}
@@ -394,14 +395,32 @@ func (m *merge) directory(dir string, create bool) (uint32, error) {
 	if err != nil {
 		return 0, err
 	}
-	if len(m.pending) > 0 && !create {
-		return 0, errAbsent
-	}
 	if !m.isDir(at) {
 		return 0, errNotInDir
 	}
-	if int(m.names[at].depth)+len(m.pending)+1 > maxDepth {
-		return 0, errTooDeep
+	if len(m.pending) > 0 {
+		return at, errAbsent
+	}
+	m.lastDir, m.lastName, m.lastOK = dir, at, true
+	return at, nil
+}
+
+// makeDirectory is directory, but makes what is missing, if there is room in a path for a name of size bytes
+// beneath it.
+func (m *merge) makeDirectory(dir string, size int) (uint32, error) {
+	at, err := m.directory(dir)
+	if err == errAbsent {
+		for _, text := range m.pending {
+			size += 1 + len(text)
+		}
+	} else if err != nil {
+		return 0, err
+	}
+	if int(m.names[at].length)+1+size > maxPath {
+		return 0, errTooLong
+	}
+	if err == nil {
+		return at, nil
 	}
 	for _, text := range m.pending {
 		up := &m.inodes[m.names[at].inode]
@@ -486,7 +505,7 @@ func (m *merge) linkTarget(target string) (uint32, error) {
 	if base == "" {
 		return 0, refusal("hard link to a directory")
 	}
-	at, err := m.directory(dir, false)
+	at, err := m.directory(dir)
 	switch err {
 	case nil:
 	case errAbsent, errNotInDir:

@@ -142,7 +142,10 @@ func (t *Table) checkRows() error {
 				ok = ok && data == nextExtent && t.checkExtents(nextExtent, count, size)
 				nextExtent += count
 			}
-		case modeChar, modeBlock, modeFifo:
+		case modeChar, modeBlock:
+			ok = ok && size == 0
+			t.totals.Devices++
+		case modeFifo:
 			ok = ok && size == 0
 		default:
 			ok = false

@@ -244,6 +244,17 @@ func sum(t testing.TB, tab *tree.Table, archives [][]byte, r tree.Row) string {
 // unpack has umoci unpack the image of these layers and lists the result. An error is umoci's.
 func unpack(t testing.TB, archives [][]byte, rootless bool) (compare.Listing, time.Time, error) {
 	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil { // rootless umoci has to reach it
+		t.Fatal(err)
+	}
+	layout(t, dir, archives)
+	return unpackLayout(t, dir, rootless)
+}
+
+// unpackLayout has umoci unpack the latest image of a layout and lists the result.
+func unpackLayout(t testing.TB, image string, rootless bool) (compare.Listing, time.Time, error) {
+	t.Helper()
 	if _, err := exec.LookPath("umoci"); err != nil {
 		t.Fatal("umoci is missing: apt-get install umoci")
 	}
@@ -258,7 +269,6 @@ func unpack(t testing.TB, archives [][]byte, rootless bool) (compare.Listing, ti
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	layout(t, dir+"/image", archives)
 	if err := os.Mkdir(dir+"/out", 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -271,7 +281,7 @@ func unpack(t testing.TB, archives [][]byte, rootless bool) (compare.Listing, ti
 		}
 		args = append(args, "setpriv", fmt.Sprint("--reuid=", user.uid), fmt.Sprint("--regid=", user.gid), "--clear-groups")
 	}
-	args = append(args, "umoci", "raw", "unpack", "--image", dir+"/image:latest")
+	args = append(args, "umoci", "raw", "unpack", "--image", image+":latest")
 	if rootless {
 		args = append(args, "--rootless")
 	}

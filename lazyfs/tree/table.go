@@ -68,6 +68,7 @@ type Extent struct {
 // Totals counts what a table holds, for statfs and for reports.
 type Totals struct {
 	Inodes  int64
+	Devices int64 // character and block devices, which a user's presentation shows as empty files
 	Dirents int64 // names, without . and ..
 	Bytes   int64 // sum of the sizes of regular files, each inode once
 	Blocks  int64 // of 512 bytes, as Attr counts them

@@ -25,7 +25,7 @@ func sameAsUmoci(t *testing.T, s stack, p tree.Presentation) {
 		return
 	}
 	got := listing(t, tab, archives, p)
-	if d := compare.Diff(got, want, compare.DiffOptions{UnpackedAt: start}); len(d) > 0 {
+	if d := compare.Diff(got, want, compare.DiffOptions{UnpackedAt: start, Rootless: p.User}); len(d) > 0 {
 		t.Errorf("%s\n%s", strings.Join(d, "\n"), s)
 	}
 }

@@ -144,6 +144,18 @@ func TestDiffForgives(t *testing.T) {
 	if d := Diff(got, nil, DiffOptions{IgnorePaths: []string{"/d"}, Max: 2}); len(d) != 3 || d[2] != "and 3 more" {
 		t.Errorf("nothing to compare with makes %q", d)
 	}
+	locked := Entry{Path: "/d", Mode: unix.S_IFDIR | 0o555}
+	stale := locked
+	stale.Xattrs = []Xattr{{"user.old", "1"}}
+	if d := Diff(Listing{locked}, Listing{stale}, DiffOptions{}); len(d) != 1 {
+		t.Errorf("a missing xattr makes %q", d)
+	}
+	if d := Diff(Listing{locked}, Listing{stale}, DiffOptions{Rootless: true}); len(d) != 0 {
+		t.Errorf("an xattr that umoci could not remove makes %q", d)
+	}
+	if d := Diff(Listing{stale}, Listing{locked}, DiffOptions{Rootless: true}); len(d) != 1 {
+		t.Errorf("an xattr too many makes %q", d)
+	}
 	if d := Diff(want[6:7], got[6:7], DiffOptions{IgnoreXattrs: []string{"user.x"}}); len(d) != 0 {
 		t.Errorf("an equal file makes %q", d)
 	}

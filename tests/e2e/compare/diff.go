@@ -14,6 +14,9 @@ type DiffOptions struct {
 	// UnpackedAt, when set, is when the unpacking of want began. A directory that no layer has an entry for
 	// gets the time of the unpacking, which no other can have: a want not older than this matches any time.
 	UnpackedAt time.Time
+	// Rootless, for a want from `umoci unpack --rootless`, forgives a directory's user xattrs that got lacks
+	// when the directory does not let its owner write: umoci cannot remove what a lower layer had set.
+	Rootless bool
 	// IgnoreXattrs are names that neither side need have.
 	IgnoreXattrs []string
 	// IgnorePaths are left out on both sides, with what is beneath them.
@@ -144,7 +147,9 @@ func (d *differ) xattrs(got, want *Entry) {
 			d.say(got.Path, "xattr %q is there and should not be", g[0].Name)
 			g = g[1:]
 		case len(g) == 0 || w[0].Name < g[0].Name:
-			d.say(got.Path, "xattr %q is missing", w[0].Name)
+			if !d.o.Rootless || want.Mode&(unix.S_IFMT|0o200) != unix.S_IFDIR || !strings.HasPrefix(w[0].Name, "user.") {
+				d.say(got.Path, "xattr %q is missing", w[0].Name)
+			}
 			w = w[1:]
 		default:
 			d.value(got.Path, fmt.Sprintf("xattr %q", g[0].Name), g[0].Value, w[0].Value, "%q")
