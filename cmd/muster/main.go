@@ -95,6 +95,7 @@ Settings come from flags, MUSTER_… variables and /etc/muster/agent.yaml, in th
 		a.ztocCommand(),
 		a.indexCommand(),
 		a.cacheCommand(),
+		a.demoCommand(),
 		a.versionCommand(),
 		exitCodesTopic(),
 		configTopic(),
