@@ -82,6 +82,12 @@ func (a *app) mount(ctx context.Context, ref, dir string, f imageFlags, selinux 
 	} else if !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("%s: %w", ref, err)
 	}
+	// The store is made, or refused, before anything of ours lies in its directory.
+	st, err := a.openStore()
+	if err != nil {
+		return err
+	}
+	_ = st.Close()
 	log, err := mountLog(cfg.Store.Dir)
 	if err != nil {
 		return err
