@@ -165,6 +165,40 @@ func TestSlowRegistry(t *testing.T) {
 	}
 }
 
+// TestBuffersWithoutStore: memory stays bounded when flights hold what the store does not keep.
+func TestBuffersWithoutStore(t *testing.T) {
+	data := fetchtest.Content(1, 64*mib)
+	ref := fetchtest.Ref(data)
+	o := fetchtest.NewOrigin(data)
+	o.Latency = 20 * time.Millisecond
+	c := newChain(t, fetch.Options{Origin: o})
+	if err := c.ReadAt(t.Context(), ref, nil, 5, ztoc.Demand); err != nil {
+		t.Error(err)
+	}
+	var peak atomic.Int64
+	var wg sync.WaitGroup
+	for g := range 100 {
+		wg.Go(func() {
+			at := g % 16 * 4 * mib
+			mustRead(t, c, data, ref, at, at+3*mib+g)
+			peak.Store(max(peak.Load(), c.Stats().Buffered))
+		})
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	for {
+		select {
+		case <-done:
+			if o.Most() > 8 || peak.Load() > 32*mib {
+				t.Errorf("%d connections, buffers of %d bytes", o.Most(), peak.Load())
+			}
+			return
+		case <-time.After(2 * time.Millisecond):
+			peak.Store(max(peak.Load(), c.Stats().Buffered))
+		}
+	}
+}
+
 // TestServedAsItArrives: a waiter goes as soon as its own bytes are there.
 func TestServedAsItArrives(t *testing.T) {
 	data := fetchtest.Content(1, 4*mib)

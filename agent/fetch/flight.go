@@ -288,8 +288,8 @@ func (f *flight) remove() {
 	f.b.flights = slices.DeleteFunc(f.b.flights, func(g *flight) bool { return g == f })
 }
 
-// carve cuts the unit around r out of f, which is queued or has it far ahead, and makes it a demand flight. What
-// comes after it is queued as it was.
+// carve cuts the unit around r out of f, which is queued or has it far ahead, and makes it a demand flight. What comes
+// after it is queued as it was.
 func (c *Chain) carve(f *flight, r ztoc.Range) {
 	u := r
 	if r.Len() < c.o.Unit {
@@ -306,8 +306,12 @@ func (c *Chain) carve(f *flight, r ztoc.Range) {
 	}
 	f.poke()
 	c.enqueue(&flight{b: f.b, class: demand, force: f.force, start: u.Start, base: u.Start, pos: u.Start, end: u.End, want: f.want}, false)
-	if u.End < end {
-		c.enqueue(&flight{b: f.b, class: f.class, force: f.force, start: u.End, base: u.End, pos: u.End, end: end, want: f.want, stream: f.stream}, true)
+	tail := ztoc.Range{Start: u.End, End: end}
+	if f.stream != nil && !f.b.awaited(tail) {
+		return // the stream asks again when its reader gets there
+	}
+	if !tail.Empty() {
+		c.enqueue(&flight{b: f.b, class: f.class, force: f.force, start: tail.Start, base: tail.Start, pos: tail.Start, end: tail.End, want: f.want, stream: f.stream}, true)
 	}
 }
 

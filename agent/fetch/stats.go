@@ -26,6 +26,7 @@ func (c *Chain) Stats() Stats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.stats
+	s.StoreBytes, s.StoreReads = c.storeBytes.Load(), c.storeReads.Load()
 	for cl := range classes {
 		s.Running += c.running[cl]
 	}

@@ -179,3 +179,19 @@ func BenchmarkChainReadAt(b *testing.B) {
 		}
 	}
 }
+
+func BenchmarkOpen(b *testing.B) {
+	dir := b.TempDir() + "/s"
+	for i := 0; b.Loop(); i++ {
+		s, err := Open(dir, Options{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		bl, err := s.Blob(ztoc.BlobRef{Digest: ztoc.DigestOf([]byte{byte(i), byte(i >> 8), byte(i >> 16)}), Size: 50 << 20})
+		if err != nil {
+			b.Fatal(err)
+		}
+		bl.Close()
+		s.Close()
+	}
+}
