@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
 )
 
 // sociIndexDigest is the annotation by which SOCI's second version finds its index.
@@ -141,12 +142,17 @@ func payload() []byte {
 	return Tar(Dir("."), Dir("bin"), program("bin/say"), Dir("data"), File("data/first", "first\n"), File("data/big", string(big)), File("data/last", "last\n"))
 }
 
+// intact is the layer of payload.
+var intact = sync.OnceValue(func() Blob {
+	archive := payload()
+	return NewLayer(MediaLayerGzip, Gzip(archive), archive)
+})
+
 // writeBroken writes an image whose second layer is damaged by damage.
 func writeBroken(damage func(image *Image) error) func(dir string) error {
 	return func(dir string) error {
-		archive := payload()
 		image := Image{Config: sayConfig, Layers: []Blob{
-			Layer(Dir("."), File("intact", "a layer without fault\n")), NewLayer(MediaLayerGzip, Gzip(archive), archive),
+			Layer(Dir("."), File("intact", "a layer without fault\n")), intact(),
 		}}
 		if err := damage(&image); err != nil {
 			return err

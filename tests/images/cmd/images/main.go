@@ -1,11 +1,16 @@
 // Command images builds test images: "images list" names them, "images all" builds all of them into
-// the cache, "images NAME" builds one and prints where its OCI layout is, "images NAME DIR" copies the
-// layout to DIR, and "images clean" removes what the present sources would not use.
+// the cache and "images test" all but those that only benchmarks use, "images NAME" builds one and
+// prints where its OCI layout is, "images NAME DIR" copies the layout to DIR, and "images clean" removes
+// what the present sources would not use.
 package main
 
 import (
 	"fmt"
 	"os"
+	"runtime"
+	"slices"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/muster-hpc/muster/tests/images"
 )
@@ -23,14 +28,12 @@ func run(args []string) error {
 		for _, name := range images.Names() {
 			fmt.Println(name)
 		}
-	case len(args) == 1 && args[0] == "all":
-		for _, name := range images.Names() {
-			dir, err := images.Get(name)
-			if err != nil {
-				return err
-			}
-			fmt.Printf("%-24s %s\n", name, dir)
+	case len(args) == 1 && (args[0] == "all" || args[0] == "test"):
+		names := images.Names()
+		if args[0] == "test" {
+			names = slices.DeleteFunc(names, func(n string) bool { return n == "debian-scipy" || n == "one-layer" })
 		}
+		return build(names)
 	case len(args) == 1 && args[0] == "clean":
 		gone, err := images.Clean()
 		for _, dir := range gone {
@@ -50,7 +53,27 @@ func run(args []string) error {
 		}
 		return os.CopyFS(args[1], os.DirFS(dir))
 	default:
-		return fmt.Errorf("usage: images NAME [DIR] | list | all | clean")
+		return fmt.Errorf("usage: images NAME [DIR] | list | all | test | clean")
+	}
+	return nil
+}
+
+// build makes the images called names, as many at once as there are cores, and lists where they are.
+func build(names []string) error {
+	dirs := make([]string, len(names))
+	var g errgroup.Group
+	g.SetLimit(runtime.NumCPU())
+	for i, name := range names {
+		g.Go(func() (err error) {
+			dirs[i], err = images.Get(name)
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	for i, name := range names {
+		fmt.Printf("%-24s %s\n", name, dirs[i])
 	}
 	return nil
 }
