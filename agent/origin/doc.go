@@ -24,8 +24,9 @@
 //     without an error, and never bytes that did not come from a server.
 //
 // [Repository.Resolve] goes from a tag or digest to a manifest for a platform and its config in the same
-// way, with the shorter patience Options.ResolveWait, and checks every digest. [FindIndex] looks for a SOCI
-// index beside an image, [PushIndex] puts one there.
+// way, with the shorter patience Options.ResolveWait, and checks every digest. [Repository.Referrers] lists
+// what lies beside an image, by the API or the fallback tag; a registry that answers oddly has nothing there.
+// [FindIndex] tells from that which layers have a SOCI ztoc.
 //
 // Requests of all repositories of a [Client] run concurrently and share connections (at most
 // Options.MaxConns per host), tokens and what was learned about hosts. The package starts no goroutines

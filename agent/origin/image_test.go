@@ -102,7 +102,7 @@ func TestChoosePlatform(t *testing.T) {
 	}
 	m := index("linux/amd64", "linux/amd64", "linux/amd64")
 	m.manifests[0].Annotations = map[string]string{"vnd.docker.reference.type": "attestation-manifest"}
-	m.manifests[1].ArtifactType = MediaTypeSOCIv2
+	m.manifests[1].ArtifactType = artifactType
 	p, _ := parsePlatform("linux/amd64")
 	if d, err := m.choose(p); err != nil || d.Size != 2 {
 		t.Error(d, err)
@@ -207,11 +207,7 @@ func TestResolveRefuses(t *testing.T) {
 }
 
 func FuzzParseManifest(f *testing.F) {
-	img := Image{Digest: layer().Digest, MediaType: MediaTypeManifest}
-	body, _, err := EncodeIndex(img, "t", []LayerZtoc{{Layer: Descriptor{Digest: layer().Digest}, Encoded: []byte("z")}})
-	if err != nil {
-		f.Fatal(err)
-	}
+	body := artifact(Image{Digest: layer().Digest, MediaType: MediaTypeManifest}, 1)
 	f.Add("", body)
 	index, err := encodeIndex([]Descriptor{{MediaType: MediaTypeManifest, Digest: layer().Digest, Platform: "linux/arm/v7"}})
 	if err != nil {

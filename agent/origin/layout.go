@@ -298,27 +298,17 @@ func (l *layout) Referrers(ctx context.Context, subject ztoc.Digest, artifactTyp
 			// A registry's fallback tag, copied with everything else.
 			if m, err := l.Manifest(ctx, string(d.Digest)); err == nil {
 				if p, err := parseManifest(m.MediaType, m.Body); err == nil && p.index {
-					out.Manifests = append(out.Manifests, filterType(p.manifests, artifactType)...)
+					for _, d := range p.manifests {
+						l.addReferrer(ctx, &out, d, subject, artifactType)
+					}
 				}
 			}
 			continue
 		}
-		m, err := l.Manifest(ctx, string(d.Digest))
-		if ctx.Err() != nil {
-			return Referrers{}, context.Cause(ctx)
-		}
-		if err != nil {
-			continue // another image's trouble
-		}
-		p, err := parseManifest(m.MediaType, m.Body)
-		if err != nil || p.subject != subject {
-			continue
-		}
-		d.ArtifactType = p.artifactType
-		if d.ArtifactType == "" {
-			d.ArtifactType = p.config.MediaType
-		}
-		out.Manifests = append(out.Manifests, filterType([]Descriptor{d}, artifactType)...)
+		l.addReferrer(ctx, &out, d, subject, artifactType)
+	}
+	if ctx.Err() != nil {
+		return Referrers{}, context.Cause(ctx)
 	}
 	slices.SortFunc(out.Manifests, func(a, b Descriptor) int { return strings.Compare(string(a.Digest), string(b.Digest)) })
 	out.Manifests = slices.CompactFunc(out.Manifests, func(a, b Descriptor) bool { return a.Digest == b.Digest })
@@ -326,6 +316,21 @@ func (l *layout) Referrers(ctx context.Context, subject ztoc.Digest, artifactTyp
 		out.Reason = "nothing in the layout refers to it"
 	}
 	return out, nil
+}
+
+// addReferrer enters d if it is about subject and of the type wished for. A manifest that cannot be read
+// is another image's trouble.
+func (l *layout) addReferrer(ctx context.Context, out *Referrers, d Descriptor, subject ztoc.Digest, artifactType string) {
+	m, err := l.Manifest(ctx, string(d.Digest))
+	if err != nil {
+		return
+	}
+	p, err := parseManifest(m.MediaType, m.Body)
+	if err != nil || p.subject != subject || artifactType != "" && p.kind() != artifactType {
+		return
+	}
+	d.ArtifactType = p.kind()
+	out.Manifests = append(out.Manifests, d)
 }
 
 func (l *layout) PushBlob(ctx context.Context, ref ztoc.BlobRef, open func() (io.ReadCloser, error)) error {

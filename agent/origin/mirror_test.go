@@ -81,9 +81,7 @@ func TestMirrorIsTriedFirst(t *testing.T) {
 		t.Errorf("%d requests to the mirror", m)
 	}
 	// Pushes go to the registry itself.
-	if _, err := PushIndex(context.Background(), repo, Image{Digest: layer().Digest, MediaType: MediaTypeManifest}, "t", []LayerZtoc{{Encoded: []byte("z")}}); err != nil {
-		t.Fatal(err)
-	}
+	pushArtifact(t, repo, Image{Digest: layer().Digest, MediaType: MediaTypeManifest}, 1)
 	if n := mirror.Count(registry.Match{Kind: registry.Upload}); n != 0 {
 		t.Errorf("%d uploads to the mirror", n)
 	}

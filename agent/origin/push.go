@@ -117,10 +117,7 @@ func (r *remote) PushManifest(ctx context.Context, mediaType string, body []byte
 		return "", err
 	}
 	if m.subject != "" && h.Get("OCI-Subject") == "" {
-		desc := Descriptor{MediaType: m.mediaType, Digest: d, Size: int64(len(body)), Annotations: m.annotations, ArtifactType: m.artifactType}
-		if desc.ArtifactType == "" {
-			desc.ArtifactType = m.config.MediaType
-		}
+		desc := Descriptor{MediaType: m.mediaType, Digest: d, Size: int64(len(body)), Annotations: m.annotations, ArtifactType: m.kind()}
 		if err := r.addToFallback(ctx, m.subject, desc); err != nil {
 			return "", err
 		}

@@ -1,6 +1,7 @@
 package origin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,7 +35,10 @@ func (r *remote) Referrers(ctx context.Context, subject ztoc.Digest, artifactTyp
 	if err != nil {
 		return Referrers{}, err
 	}
-	out := Referrers{Manifests: filterType(list, artifactType)}
+	out := Referrers{}
+	if out.Manifests, err = r.ofType(ctx, list, artifactType); err != nil {
+		return Referrers{}, err
+	}
 	if len(out.Manifests) > 0 {
 		return out, nil
 	}
@@ -59,9 +63,11 @@ func (r *remote) Referrers(ctx context.Context, subject ztoc.Digest, artifactTyp
 	case !p.index:
 		out.Reason = why + "; tag " + fallbackTag(subject) + " is not a list"
 	default:
-		if out.Manifests = filterType(p.manifests, artifactType); len(out.Manifests) == 0 {
+		out.Manifests, err = r.ofType(ctx, p.manifests, artifactType)
+		if len(out.Manifests) == 0 {
 			out.Reason = "none of this type in tag " + fallbackTag(subject)
 		}
+		return out, err
 	}
 	return out, nil
 }
@@ -119,14 +125,36 @@ func (r *remote) referrersAPI(ctx context.Context, subject ztoc.Digest, artifact
 	return list, "nothing refers to it", nil
 }
 
-// filterType keeps the manifests of a type: registries may ignore the wish, and old clients' lists carry
-// the type of the config only.
-func filterType(list []Descriptor, artifactType string) []Descriptor {
+// maxUntyped bounds how many manifests are fetched because a list does not tell their type.
+const maxUntyped = 8
+
+// ofType keeps the manifests of a type: registries may ignore the wish. Lists written before OCI 1.1 do not
+// tell types; the manifests do. The error is the end of ctx.
+func (r *remote) ofType(ctx context.Context, list []Descriptor, artifactType string) ([]Descriptor, error) {
+	if artifactType == "" {
+		return list, nil
+	}
 	var out []Descriptor
+	asked := 0
 	for _, d := range list {
-		if artifactType == "" || d.ArtifactType == artifactType {
+		if d.ArtifactType == "" && asked < maxUntyped {
+			asked++
+			m, err := r.Manifest(ctx, string(d.Digest))
+			if ctx.Err() != nil {
+				return nil, context.Cause(ctx)
+			}
+			if err == nil {
+				if p, err := parseManifest(m.MediaType, m.Body); err == nil {
+					d.ArtifactType = p.kind()
+				}
+			}
+		}
+		if d.ArtifactType == artifactType {
 			out = append(out, d)
 		}
 	}
-	return out
+	return out, nil
 }
+
+// kind is a manifest's artifact type: its own, else its config's media type.
+func (m manifest) kind() string { return cmp.Or(m.artifactType, m.config.MediaType) }

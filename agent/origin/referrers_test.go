@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/muster-hpc/muster/tests/registry"
 	"github.com/muster-hpc/muster/ztoc"
@@ -48,7 +49,7 @@ func TestReferrersOfOddRegistries(t *testing.T) {
 			o.ResolveWait = quick().Idle
 			repo := w.open(o)
 			w.Inject(any, 0, tt.fault)
-			refs, err := repo.Referrers(context.Background(), layer().Digest, MediaTypeSOCIv1)
+			refs, err := repo.Referrers(context.Background(), layer().Digest, artifactType)
 			if err != nil || len(refs.Manifests) > 0 || !strings.Contains(refs.Reason, tt.reason) {
 				t.Errorf("%+v, %v", refs, err)
 			}
@@ -56,8 +57,8 @@ func TestReferrersOfOddRegistries(t *testing.T) {
 			if err != nil || len(x.Ztocs) > 0 || reason == "" {
 				t.Errorf("%+v %q %v", x, reason, err)
 			}
-			if strings.Contains(reason, "\n") || len(reason) > 700 {
-				t.Errorf("reason %q", reason)
+			if strings.Contains(refs.Reason, "\n") || len(refs.Reason) > 700 {
+				t.Errorf("reason %q", refs.Reason)
 			}
 		})
 	}
@@ -77,18 +78,34 @@ func TestReferrersOfOddRegistries(t *testing.T) {
 		w := newWorld(t, registry.Options{})
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
-		if _, _, err := FindIndex(ctx, w.open(quick()), Image{Digest: layer().Digest}); !errors.Is(err, context.Canceled) {
+		if _, err := w.open(quick()).Referrers(ctx, layer().Digest, ""); !errors.Is(err, context.Canceled) {
 			t.Error(err)
 		}
 	})
 }
 
-func soci(i int) []LayerZtoc {
-	return []LayerZtoc{{Layer: Descriptor{Digest: layer().Digest, MediaType: "application/vnd.oci.image.layer.v1.tar+gzip", Size: layerSize}, SpanSize: 1 << 22, Encoded: fmt.Appendf(nil, "ztoc %d", i)}}
+const artifactType = "application/vnd.amazon.soci.index.v1+json"
+
+// artifact is the manifest of something that refers to img, as SOCI writes its indexes.
+func artifact(img Image, i int) []byte {
+	return fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":%q,"digest":%q,"size":2},"layers":[],"subject":{"mediaType":%q,"digest":%q,"size":%d},"annotations":{"n":"%d"}}`,
+		MediaTypeManifest, artifactType, ztoc.DigestOf([]byte("{}")), img.MediaType, img.Digest, len(img.Manifest), i)
 }
 
-// An index that is pushed is found again, on every kind of origin.
-func TestIndexThereAndBack(t *testing.T) {
+func pushArtifact(t testing.TB, repo Repository, img Image, i int) ztoc.Digest {
+	t.Helper()
+	if err := repo.PushBlob(context.Background(), ztoc.BlobRef{Digest: ztoc.DigestOf([]byte("{}")), Size: 2}, opener([]byte("{}"))); err != nil {
+		t.Error(err)
+	}
+	d, err := repo.PushManifest(context.Background(), MediaTypeManifest, artifact(img, i), "")
+	if err != nil {
+		t.Error(err)
+	}
+	return d
+}
+
+// What is pushed beside an image is found again, on every kind of origin.
+func TestReferrersThereAndBack(t *testing.T) {
 	debian, err := registry.StartDebian(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -108,37 +125,29 @@ func TestIndexThereAndBack(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			x, reason, err := FindIndex(ctx, repo, img)
-			if err != nil || len(x.Ztocs) > 0 || reason == "" {
-				t.Errorf("before: %+v %q %v", x, reason, err)
+			refs, err := repo.Referrers(ctx, img.Digest, artifactType)
+			if err != nil || len(refs.Manifests) > 0 || refs.Reason == "" {
+				t.Errorf("before: %+v %v", refs, err)
 			}
-			d, err := PushIndex(ctx, repo, img, "tool 1", soci(1))
-			if err != nil {
-				t.Fatal(err)
+			d := pushArtifact(t, repo, img, 1)
+			if again := pushArtifact(t, repo, img, 1); again != d {
+				t.Errorf("%s, then %s", d, again)
 			}
-			again, err := PushIndex(ctx, repo, img, "tool 1", soci(1))
-			if err != nil || again != d {
-				t.Errorf("%s, %v", again, err)
+			for _, kind := range []string{artifactType, ""} {
+				refs, err = repo.Referrers(ctx, img.Digest, kind)
+				if err != nil || len(refs.Manifests) != 1 || refs.Reason != "" || refs.Fallback != (name == "fallback tag" || name == "debian's registry") {
+					t.Fatalf("%q: %+v %v", kind, refs, err)
+				}
+				if got := refs.Manifests[0]; got.Digest != d || got.ArtifactType != artifactType || got.Size != int64(len(artifact(img, 1))) {
+					t.Errorf("%q: %+v", kind, got)
+				}
 			}
-			x, reason, err = FindIndex(ctx, repo, img)
-			if err != nil || reason != "" || x.Digest != d || x.Version != 1 || x.Tool != "tool 1" || len(x.Ztocs) != 1 {
-				t.Fatalf("%+v %q %v", x, reason, err)
-			}
-			z := x.Ztocs[layer().Digest]
-			b, err := ReadBlob(ctx, repo, z, 1<<20)
-			if err != nil || string(b) != "ztoc 1" || x.Size() != 6 || z.Annotations["com.amazon.soci.span-size"] != "4194304" {
-				t.Errorf("%q %v %+v", b, err, z)
-			}
-			refs, err := repo.Referrers(ctx, img.Digest, MediaTypeSOCIv1)
-			if err != nil || len(refs.Manifests) != 1 || refs.Fallback != (name == "fallback tag" || name == "debian's registry") {
+			if refs, err := repo.Referrers(ctx, img.Digest, "application/other"); err != nil || len(refs.Manifests) > 0 || refs.Reason == "" {
 				t.Errorf("%+v %v", refs, err)
 			}
 			// The image is what it was.
 			if after, err := repo.Resolve(ctx, "linux/amd64"); err != nil || after.Digest != img.Digest {
 				t.Error(after.Digest, err)
-			}
-			if _, err := ReadBlob(ctx, repo, z, 3); !errors.Is(err, ErrUnsupported) {
-				t.Error("a blob above the limit is read:", err)
 			}
 			if name == "layout" {
 				return
@@ -147,6 +156,32 @@ func TestIndexThereAndBack(t *testing.T) {
 				t.Error(tags, err)
 			}
 		})
+	}
+}
+
+// A list of before OCI 1.1 does not tell types: the manifests do.
+func TestReferrersWithoutTypes(t *testing.T) {
+	w := newWorld(t, registry.Options{})
+	ctx := context.Background()
+	repo := w.open(quick())
+	img, err := repo.Resolve(ctx, "linux/amd64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := pushArtifact(t, repo, img, 1)
+	list, err := encodeIndex([]Descriptor{
+		{MediaType: MediaTypeManifest, Digest: img.Digest, Size: int64(len(img.Manifest))},
+		{MediaType: MediaTypeManifest, Digest: d, Size: int64(len(artifact(img, 1)))},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := repo.PushManifest(ctx, MediaTypeIndex, list, fallbackTag(img.Digest)); err != nil {
+		t.Fatal(err)
+	}
+	refs, err := repo.Referrers(ctx, img.Digest, artifactType)
+	if err != nil || len(refs.Manifests) != 1 || refs.Manifests[0].Digest != d {
+		t.Errorf("%+v %v", refs, err)
 	}
 }
 
@@ -159,29 +194,20 @@ func TestFallbackTagRace(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Slow enough that the writers' reads and writes overlap.
-	w.Inject(registry.Match{Kind: registry.Manifest, Path: "/sha256-", Method: "PUT"}, 6, registry.Delay(30*1e6))
+	puts := registry.Match{Kind: registry.Manifest, Path: "/sha256-", Method: "PUT"}
+	w.Inject(puts, 6, registry.Delay(30*time.Millisecond))
 	var wg sync.WaitGroup
 	const writers = 5
 	for i := range writers {
-		wg.Go(func() {
-			if _, err := PushIndex(ctx, w.open(quick()), img, fmt.Sprint("tool ", i), soci(i)); err != nil {
-				t.Error(err)
-			}
-		})
+		wg.Go(func() { pushArtifact(t, w.open(quick()), img, i) })
 	}
 	wg.Wait()
-	refs, err := w.open(quick()).Referrers(ctx, img.Digest, MediaTypeSOCIv1)
+	refs, err := w.open(quick()).Referrers(ctx, img.Digest, artifactType)
 	if err != nil || len(refs.Manifests) != writers {
 		t.Errorf("%d of %d entries, %v", len(refs.Manifests), writers, err)
 	}
-	if n := w.Count(registry.Match{Kind: registry.Manifest, Path: "/sha256-", Method: "PUT"}); n <= writers {
+	if n := w.Count(puts); n <= writers {
 		t.Errorf("%d writes for %d writers: they did not collide, the test tests nothing", n, writers)
-	}
-	// All hosts choose the same among several.
-	a, _, _ := FindIndex(ctx, w.open(quick()), img)
-	b, _, _ := FindIndex(ctx, w.open(quick()), img)
-	if a.Digest == "" || a.Digest != b.Digest {
-		t.Errorf("%s and %s", a.Digest, b.Digest)
 	}
 }
 
@@ -197,91 +223,28 @@ func TestFallbackTagTaken(t *testing.T) {
 	if _, err := repo.PushManifest(ctx, img.MediaType, img.Manifest, fallbackTag(img.Digest)); err != nil {
 		t.Fatal(err)
 	}
-	_, err = PushIndex(ctx, repo, img, "t", soci(1))
+	_, err = repo.PushManifest(ctx, MediaTypeManifest, artifact(img, 1), "")
 	wantError(t, err, ErrUnsupported, fallbackTag(img.Digest), "not a list")
 }
 
-// SOCI v2: the image names its index; a name that leads nowhere is a reason, not an error.
-func TestIndexNamedByTheImage(t *testing.T) {
-	w := newWorld(t, registry.Options{Referrers: true})
+func TestReadBlob(t *testing.T) {
+	w := newWorld(t, registry.Options{})
 	ctx := context.Background()
 	repo := w.open(quick())
-	img, err := repo.Resolve(ctx, "linux/amd64")
-	if err != nil {
-		t.Fatal(err)
+	d := Descriptor{Digest: layer().Digest, Size: layerSize}
+	if b, err := ReadBlob(ctx, repo, d, layerSize); err != nil || len(b) != layerSize {
+		t.Error(len(b), err)
 	}
-	named := func(d string) Image {
-		cp := img
-		cp.Annotations = map[string]string{annIndexDigest: d}
-		return cp
+	_, err := ReadBlob(ctx, repo, d, layerSize-1)
+	wantError(t, err, ErrUnsupported, "at most")
+	w.Inject(anyBlob, 1, registry.FlipAt(layerSize-1))
+	_, err = ReadBlob(ctx, repo, d, layerSize)
+	wantError(t, err, ErrDigest, string(d.Digest))
+	_, err = ReadBlob(ctx, repo, Descriptor{Digest: layer().Digest, Size: layerSize + 1}, 1<<30)
+	wantError(t, err, ErrDigest)
+	_, err = ReadBlob(ctx, repo, Descriptor{Digest: layer().Digest}, 1<<30)
+	wantError(t, err, ErrDigest)
+	if b, err := ReadBlob(ctx, repo, Descriptor{Digest: ztoc.DigestOf(nil)}, 0); err != nil || len(b) != 0 {
+		t.Error(b, err)
 	}
-	for d, why := range map[string]string{
-		string(ztoc.DigestOf([]byte("gone"))): "not found", "../x": "no digest", string(img.Digest): "not a SOCI index",
-	} {
-		x, reason, err := FindIndex(ctx, repo, named(d))
-		if err != nil || len(x.Ztocs) > 0 || !strings.Contains(reason, why) {
-			t.Errorf("%s: %+v %q %v", d, x, reason, err)
-		}
-	}
-	// Falls back on an index that refers to the image.
-	v1, err := PushIndex(ctx, repo, img, "one", soci(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if x, _, err := FindIndex(ctx, repo, named(string(ztoc.DigestOf([]byte("gone"))))); err != nil || x.Digest != v1 {
-		t.Errorf("%+v %v", x, err)
-	}
-	body, blobs, err := EncodeIndex(img, "two", soci(2))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for d, b := range blobs {
-		if err := repo.PushBlob(ctx, ztoc.BlobRef{Digest: d, Size: int64(len(b))}, opener(b)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	text := strings.ReplaceAll(string(body), MediaTypeSOCIv1, MediaTypeSOCIv2)
-	i, j := strings.Index(text, `"subject":`), strings.Index(text, `"annotations":{"com.amazon.soci.build`)
-	text = text[:i] + text[j:]
-	v2, err := repo.PushManifest(ctx, MediaTypeManifest, []byte(text), "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	x, reason, err := FindIndex(ctx, repo, named(string(v2)))
-	if err != nil || x.Digest != v2 || x.Version != 2 || x.Tool != "two" || reason != "" {
-		t.Errorf("%+v %q %v", x, reason, err)
-	}
-	// Named by its descriptor in the image's index only.
-	cp := img
-	cp.IndexManifest, err = encodeIndex([]Descriptor{{MediaType: MediaTypeManifest, Digest: img.Digest}, {
-		MediaType: MediaTypeManifest, Digest: v2, ArtifactType: MediaTypeSOCIv2, Annotations: map[string]string{annImageDigest: string(img.Digest)},
-	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if x, _, err := FindIndex(ctx, repo, cp); err != nil || x.Digest != v2 {
-		t.Errorf("%+v %v", x, err)
-	}
-}
-
-// An index about other layers, or with descriptors that cannot be, is none.
-func TestIndexOfOtherLayers(t *testing.T) {
-	w := newWorld(t, registry.Options{Referrers: true})
-	ctx := context.Background()
-	repo := w.open(quick())
-	img, err := repo.Resolve(ctx, "linux/amd64")
-	if err != nil {
-		t.Fatal(err)
-	}
-	other := soci(1)
-	other[0].Layer.Digest = ztoc.DigestOf([]byte("another layer"))
-	if _, err := PushIndex(ctx, repo, img, "t", other); err != nil {
-		t.Fatal(err)
-	}
-	x, reason, err := FindIndex(ctx, repo, img)
-	if err != nil || len(x.Ztocs) > 0 || !strings.Contains(reason, "no ztoc for a layer") {
-		t.Errorf("%+v %q %v", x, reason, err)
-	}
-	_, err = PushIndex(ctx, repo, img, "t", nil)
-	wantError(t, err, ErrUsage)
 }

@@ -3,11 +3,8 @@ package origin
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
-	"io"
 	"slices"
-	"strconv"
 
 	"github.com/muster-hpc/muster/ztoc"
 )
@@ -19,12 +16,10 @@ const (
 	MediaTypeZtoc     = "application/octet-stream"
 	MediaTypePrefetch = "application/vnd.amazon.soci.prefetch.v1+json"
 
-	annLayerDigest    = "com.amazon.soci.image-layer-digest"
-	annLayerMediaType = "com.amazon.soci.image-layer-mediaType"
-	annSpanSize       = "com.amazon.soci.span-size"
-	annTool           = "com.amazon.soci.build-tool-identifier"
-	annIndexDigest    = "com.amazon.soci.index-digest"
-	annImageDigest    = "com.amazon.soci.image-manifest-digest"
+	annLayerDigest = "com.amazon.soci.image-layer-digest"
+	annTool        = "com.amazon.soci.build-tool-identifier"
+	annIndexDigest = "com.amazon.soci.index-digest"
+	annImageDigest = "com.amazon.soci.image-manifest-digest"
 )
 
 // An Index is a SOCI index found beside an image: the tables of contents of some or all of its layers.
@@ -175,63 +170,4 @@ func readIndex(ctx context.Context, repo Repository, img Image, d ztoc.Digest, v
 		return Index{}, fmt.Errorf("%w: it has no ztoc for a layer of this image", ErrProtocol)
 	}
 	return x, nil
-}
-
-// A LayerZtoc is one ztoc to push: SOCI's encoding of the table of a layer.
-type LayerZtoc struct {
-	Layer    Descriptor
-	SpanSize int64 // inflated bytes
-	Encoded  []byte
-}
-
-// PushIndex pushes the ztocs and a SOCI index of version 1 that refers to img. Pushing the same again
-// changes nothing.
-func PushIndex(ctx context.Context, repo Repository, img Image, tool string, ztocs []LayerZtoc) (ztoc.Digest, error) {
-	if len(ztocs) == 0 {
-		return "", &Error{Image: img.Ref.String(), Message: "an index without a ztoc", Err: ErrUsage}
-	}
-	body, blobs, err := EncodeIndex(img, tool, ztocs)
-	if err != nil {
-		return "", err
-	}
-	for d, b := range blobs {
-		if err := repo.PushBlob(ctx, ztoc.BlobRef{Digest: d, Size: int64(len(b))}, func() (io.ReadCloser, error) { return bytesBody(b), nil }); err != nil {
-			return "", err
-		}
-	}
-	return repo.PushManifest(ctx, MediaTypeManifest, body, "")
-}
-
-// EncodeIndex makes the manifest of a SOCI index of version 1 and the blobs it names.
-func EncodeIndex(img Image, tool string, ztocs []LayerZtoc) (body []byte, blobs map[ztoc.Digest][]byte, err error) {
-	empty := []byte("{}")
-	blobs = map[ztoc.Digest][]byte{ztoc.DigestOf(empty): empty}
-	doc := struct {
-		SchemaVersion int               `json:"schemaVersion"`
-		MediaType     string            `json:"mediaType"`
-		ArtifactType  string            `json:"artifactType"`
-		Config        jsonDescriptor    `json:"config"`
-		Layers        []jsonDescriptor  `json:"layers"`
-		Subject       jsonDescriptor    `json:"subject"`
-		Annotations   map[string]string `json:"annotations"`
-	}{
-		SchemaVersion: 2, MediaType: MediaTypeManifest, ArtifactType: MediaTypeSOCIv1,
-		Config:      jsonDescriptor{MediaType: MediaTypeSOCIv1, Digest: ztoc.DigestOf(empty), Size: int64(len(empty))},
-		Layers:      []jsonDescriptor{},
-		Subject:     jsonDescriptor{MediaType: img.MediaType, Digest: img.Digest, Size: int64(len(img.Manifest))},
-		Annotations: map[string]string{annTool: tool},
-	}
-	for _, z := range ztocs {
-		d := ztoc.DigestOf(z.Encoded)
-		blobs[d] = z.Encoded
-		doc.Layers = append(doc.Layers, jsonDescriptor{
-			MediaType: MediaTypeZtoc, Digest: d, Size: int64(len(z.Encoded)),
-			Annotations: map[string]string{
-				annLayerDigest: string(z.Layer.Digest), annLayerMediaType: z.Layer.MediaType,
-				annSpanSize: strconv.FormatInt(z.SpanSize, 10),
-			},
-		})
-	}
-	body, err = json.Marshal(doc)
-	return body, blobs, err
 }
