@@ -170,6 +170,9 @@ type ListedIndex struct {
 	Bytes   int64       `json:"bytes"`   // what muster would fetch
 	Profile bool        `json:"profile"`
 	Reason  string      `json:"reason,omitempty"` // why it cannot be used
+
+	// Covers is the bytes of the table that muster would fetch, by layer.
+	Covers map[ztoc.Digest]int64 `json:"covers,omitempty"`
 }
 
 // ListIndexes looks for the indexes beside the image repo was opened for. None is no error; why then
@@ -203,18 +206,16 @@ func ListIndexes(ctx context.Context, repo origin.Repository, platform string) (
 }
 
 func (l *ListedIndex) fill(ix *foundIndex) {
+	l.Covers = map[ztoc.Digest]int64{}
 	for layer, d := range ix.soci {
-		l.Layers++
-		if _, ok := ix.packed[layer]; !ok {
-			l.Bytes += d.Size
-		}
+		l.Covers[layer] = d.Size
 	}
-	for layer, d := range ix.packed {
-		l.Packed++
-		l.Bytes += d.Size
-		if _, ok := ix.soci[layer]; !ok {
-			l.Layers++
-		}
+	for layer, d := range ix.packed { // preferred where there are both
+		l.Covers[layer] = d.Size
+	}
+	l.Layers, l.Packed = len(l.Covers), len(ix.packed)
+	for _, n := range l.Covers {
+		l.Bytes += n
 	}
 	if ix.profile != nil {
 		l.Profile = true

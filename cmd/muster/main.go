@@ -27,6 +27,7 @@ func main() {
 		m.AllowOther = true // everybody in the namespace, and nobody else is
 		return lazyfs.Mount(ctx, dir, m)
 	})
+	probeOverlay()
 	// So are the processes of a mount.
 	mountd.Main(buildMount, exitCode)
 	os.Exit(run(os.Args[1:]))
@@ -95,6 +96,7 @@ Settings come from flags, MUSTER_… variables and /etc/muster/agent.yaml, in th
 		a.ztocCommand(),
 		a.indexCommand(),
 		a.cacheCommand(),
+		a.preflightCommand(),
 		a.demoCommand(),
 		a.versionCommand(),
 		exitCodesTopic(),
