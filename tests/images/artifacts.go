@@ -14,11 +14,11 @@ func artifacts() []artifact {
 		{name: "base", version: 1, inputs: groupInputs(baseGroups), needs: []string{"debian-python"}, build: buildBase},
 		{name: "torture", version: 4, images: []string{"torture", "torture-odd"}, build: buildTorture},
 		{name: "small", version: 2, images: smallNames(), build: buildSmall},
-		{name: "mixed", version: 1, needs: []string{"base"}, images: []string{"mixed"}, build: buildMixed},
+		{name: "mixed", version: 2, needs: []string{"base"}, images: []string{"mixed"}, build: buildMixed},
 		{name: "estargz-50k", version: 2, images: []string{"estargz-50k"}, build: buildManyChunks},
 	}
 	for _, d := range dialects {
-		list = append(list, artifact{name: d.name, version: 1, needs: []string{"base"}, images: []string{d.name}, build: d.build})
+		list = append(list, artifact{name: d.name, version: d.version, needs: []string{"base"}, images: []string{d.name}, build: d.build})
 	}
 	return list
 }

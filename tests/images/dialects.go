@@ -20,6 +20,7 @@ const TOCDigest = estargz.TOCJSONDigestAnnotation
 // A dialect is one way to compress the two layers of a tree.
 type dialect struct {
 	name         string
+	version      int // of the artifact
 	libs, python func(archive []byte) (Blob, error)
 	joined       bool // one layer of both archives, by libs
 }
@@ -39,7 +40,7 @@ var dialects = []dialect{
 	{name: "gzip-zeros", libs: gzipped(GzipZeros), python: gzipped(GzipZeros)},
 	{name: "gzip-giant", libs: gzipped(GzipGiant), joined: true},
 	{name: "tar", libs: plain, python: plain},
-	{name: "zstd-single", libs: zstded(ZstdSingle), python: zstded(ZstdSingle)},
+	{name: "zstd-single", version: 1, libs: zstded(ZstdSingle), python: zstded(ZstdStream)},
 	{name: "zstd-frames", libs: zstded(ZstdFrames), python: zstded(ZstdFrames)},
 	{name: "zstd-chunked-stargz", libs: ZstdStargz, python: ZstdStargz},
 	{name: "zstd-chunked-podman", libs: ZstdPodman, python: ZstdPodman},
@@ -108,7 +109,7 @@ func buildMixed(_ context.Context, b *build) error {
 	}
 	layers := []Blob{
 		NewLayer(MediaLayerGzip, Gzip(archives[0]), archives[0]), small,
-		NewLayer(MediaLayerZstd, ZstdSingle(archives[1]), archives[1]), stdlib,
+		NewLayer(MediaLayerZstd, ZstdStream(archives[1]), archives[1]), stdlib,
 	}
 	config := baseConfig
 	config.Cmd = []string{"python3", "/opt/muster/hello.py"}

@@ -341,7 +341,13 @@ func TestPodmanTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	zeros, chunks := 0, 0
-	var whole []byte // of the file whose chunks come
+	var file string  // whose chunks come, with its digest
+	var whole []byte // its content so far
+	check := func() {
+		if digestOf(whole) != file && file != "" {
+			t.Errorf("%d bytes of chunks do not have digest %s of their file", len(whole), file)
+		}
+	}
 	for i, e := range toc.Entries {
 		if e.Digest == "" && e.Type != "chunk" {
 			continue
@@ -362,7 +368,8 @@ func TestPodmanTable(t *testing.T) {
 			t.Fatalf("%s at %d: %v", e.Name, e.ChunkOffset, err)
 		}
 		if e.Type == "reg" {
-			whole = nil
+			check()
+			file, whole = e.Digest, nil
 		}
 		whole = append(whole, data...)
 		want := e.ChunkDigest
@@ -380,6 +387,7 @@ func TestPodmanTable(t *testing.T) {
 			}
 		}
 	}
+	check()
 	if zeros < 1 || chunks < 10 {
 		t.Errorf("%d chunks, %d of them zeros: the sample should give more", chunks, zeros)
 	}

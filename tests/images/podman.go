@@ -176,11 +176,15 @@ func podmanChunks(content []byte) [][]byte {
 // files.
 func tarSplit(archive []byte) ([]byte, error) {
 	var out bytes.Buffer
-	in, err := asm.NewInputTarStream(bytes.NewReader(archive), storage.NewJSONPacker(&out), nil)
+	in, done, err := asm.NewInputTarStreamWithDone(bytes.NewReader(archive), storage.NewJSONPacker(&out), nil)
 	if err != nil {
 		return nil, err
 	}
+	defer in.Close()
 	if _, err := io.Copy(io.Discard, in); err != nil {
+		return nil, err
+	}
+	if err := <-done; err != nil {
 		return nil, err
 	}
 	return out.Bytes(), nil

@@ -1,6 +1,7 @@
 package images
 
 import (
+	"bytes"
 	"encoding/binary"
 
 	"github.com/klauspost/compress/zstd"
@@ -17,8 +18,23 @@ func zstdFrame(data []byte, options ...zstd.EOption) []byte {
 	return e.EncodeAll(data, nil)
 }
 
-// ZstdSingle compresses to one frame, as docker, buildkit and zstd itself do.
+// ZstdSingle compresses to one frame whose header says how much it inflates to.
 func ZstdSingle(archive []byte) []byte { return zstdFrame(archive) }
+
+// ZstdStream compresses to one frame whose header does not say so, as whoever compresses a stream
+// does: docker, buildkit and zstd in a pipe.
+func ZstdStream(archive []byte) []byte {
+	var out bytes.Buffer
+	e, err := zstd.NewWriter(&out, zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		panic(err) // options here are constants
+	}
+	for _, p := range cut(archive, []int{1 << 20}, []int{0}) {
+		e.Write(p.data) // a bytes.Buffer does not fail
+	}
+	e.Close()
+	return out.Bytes()
+}
 
 // ZstdFrames compresses to frames of at most 1 MiB, with and without checksum, a skippable frame and
 // an empty one among them.
