@@ -18,7 +18,7 @@ func artifacts() []artifact {
 		{name: "estargz-50k", version: 2, images: []string{"estargz-50k"}, build: buildManyChunks},
 	}
 	for _, d := range dialects {
-		list = append(list, artifact{name: d.name, version: d.version, needs: []string{"base"}, images: []string{d.name}, build: d.build})
+		list = append(list, artifact{name: d.name, version: 1 + d.changes, needs: []string{"base"}, images: []string{d.name}, build: d.build})
 	}
 	return list
 }

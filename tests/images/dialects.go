@@ -20,7 +20,7 @@ const TOCDigest = estargz.TOCJSONDigestAnnotation
 // A dialect is one way to compress the two layers of a tree.
 type dialect struct {
 	name         string
-	version      int // of the artifact
+	changes      int // how often its bytes changed: part of its version
 	libs, python func(archive []byte) (Blob, error)
 	joined       bool // one layer of both archives, by libs
 }
@@ -40,7 +40,7 @@ var dialects = []dialect{
 	{name: "gzip-zeros", libs: gzipped(GzipZeros), python: gzipped(GzipZeros)},
 	{name: "gzip-giant", libs: gzipped(GzipGiant), joined: true},
 	{name: "tar", libs: plain, python: plain},
-	{name: "zstd-single", version: 1, libs: zstded(ZstdSingle), python: zstded(ZstdStream)},
+	{name: "zstd-single", changes: 1, libs: zstded(ZstdSingle), python: zstded(ZstdStream)},
 	{name: "zstd-frames", libs: zstded(ZstdFrames), python: zstded(ZstdFrames)},
 	{name: "zstd-chunked-stargz", libs: ZstdStargz, python: ZstdStargz},
 	{name: "zstd-chunked-podman", libs: ZstdPodman, python: ZstdPodman},
