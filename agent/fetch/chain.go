@@ -39,6 +39,21 @@ type Blob interface {
 	Close() error
 }
 
+// A Claimer is a Blob that other processes fetch into as well. Claims are advice: they keep the processes of a host from
+// fetching the same range at the same moment.
+type Claimer interface {
+	// Claim announces that this process fetches r. When another process has announced some of it, nothing is announced, and by is the first such
+	// range. A claim ends with its process.
+	Claim(r ztoc.Range) (by ztoc.Range, ok bool)
+	// Release ends what Claim announced.
+	Release(r ztoc.Range)
+}
+
+// A Warmer is a Blob that can be told what will be read soon, so that it is in memory by then.
+type Warmer interface {
+	WillNeed(r ztoc.Range)
+}
+
 // An Origin has every byte of every blob.
 type Origin interface {
 	// Blob is a body of exactly r.Len() bytes; reading it fails if it is cut short. It ends when ctx does.
@@ -80,6 +95,10 @@ type Options struct {
 	// with room to spare. Default 16 MiB.
 	Ahead int64
 
+	// Yield is how long a flight waits while another process of the host fetches the same range and nothing of it
+	// arrives. Too short and slow registries are asked twice, too long and a stopped process holds up others. Default 10 s.
+	Yield time.Duration
+
 	// Temporary says whether an error of the origin may go away by itself. Nil: none does.
 	Temporary func(error) bool
 	// Patience is how long a read goes on asking after temporary errors before it gives up. Too short and an outage becomes EIO
@@ -109,6 +128,9 @@ func (o Options) withDefaults() Options {
 	set(&o.MaxDemand, 4<<20)
 	set(&o.MaxPrefetch, 8<<20)
 	set(&o.Ahead, 16<<20)
+	if o.Yield <= 0 {
+		o.Yield = 10 * time.Second
+	}
 	if o.Patience <= 0 {
 		o.Patience = 5 * time.Minute
 	}
@@ -129,6 +151,7 @@ type Chain struct {
 	mu      sync.Mutex
 	queue   [classes][]*flight // queued; an entry that is not queued any more is skipped
 	running [classes]int
+	parked  [classes]int // queued flights that wait for another process; they are in no queue
 	closed  bool
 	stats   Stats
 }
@@ -415,6 +438,16 @@ func (c *Chain) Prefetch(ctx context.Context, ref ztoc.BlobRef, ranges []ztoc.Ra
 	b, err := c.blob(ref, ztoc.Range{})
 	if err != nil || b.kept.get() == nil { // fetched for nothing if it is not kept
 		return
+	}
+	if st, ok := b.kept.get().(interface {
+		Blob
+		Warmer
+	}); ok {
+		for _, r := range ranges {
+			if len(st.Missing(r)) == 0 { // on disk, perhaps not in memory
+				st.WillNeed(r)
+			}
+		}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

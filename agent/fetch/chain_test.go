@@ -616,8 +616,10 @@ func TestStalledStreams(t *testing.T) {
 // succeeds gives right bytes, and nothing is left in the end.
 func TestChurn(t *testing.T) {
 	var blobs [][]byte
+	var refs []ztoc.BlobRef
 	for i, n := range []int{0, 1, 5000, 900 * kib, 6*mib + 3, 20 * mib} {
 		blobs = append(blobs, fetchtest.Content(uint64(i), n))
+		refs = append(refs, fetchtest.Ref(blobs[i]))
 	}
 	temporary := errors.New("try again")
 	o := fetchtest.NewOrigin(blobs...)
@@ -643,8 +645,8 @@ func TestChurn(t *testing.T) {
 		wg.Go(func() {
 			rnd := rand.New(rand.NewPCG(uint64(g), 7))
 			for time.Now().Before(end) {
-				data := blobs[rnd.IntN(len(blobs))]
-				ref := fetchtest.Ref(data)
+				i := rnd.IntN(len(blobs))
+				data, ref := blobs[i], refs[i]
 				a := rnd.IntN(len(data) + 1)
 				b := min(len(data), a+rnd.IntN(1<<rnd.IntN(23)+1))
 				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rnd.IntN(200))*time.Millisecond)

@@ -61,6 +61,9 @@ type flight struct {
 	dead     bool // taken off the blob's list; nobody joins it any more
 	unstored bool // the store did not keep a chunk: no more is written to it
 	rejected []ztoc.Range
+	claimed  ztoc.Range    // announced to other processes and not stored yet
+	blocker  ztoc.Range    // another process's claim that it waits for
+	since    time.Time     // when blocker was first seen like that
 	want     *want         // of the Prefetch call that asked for it; nil otherwise
 	stream   *stream       // that it runs ahead of; nil otherwise
 	moved    chan struct{} // capacity 1: the stream's reader has moved, or somebody waits
@@ -118,7 +121,7 @@ func (w *waiter) take(off int64, data []byte) bool {
 
 // needs reports whether w waits for a byte of r.
 func (w *waiter) needs(r ztoc.Range) bool {
-	return slices.ContainsFunc(w.need, func(n ztoc.Range) bool { return n.Start < r.End && r.Start < n.End })
+	return !r.Empty() && slices.ContainsFunc(w.need, func(n ztoc.Range) bool { return n.Start < r.End && r.Start < n.End })
 }
 
 // finish ends the wait of w.
@@ -305,6 +308,7 @@ func (c *Chain) carve(f *flight, r ztoc.Range) {
 		f.remove()
 	}
 	f.poke()
+	f.release(ztoc.Range{Start: u.Start, End: f.claimed.End})
 	c.enqueue(&flight{b: f.b, class: demand, force: f.force, start: u.Start, base: u.Start, pos: u.Start, end: u.End, want: f.want}, false)
 	tail := ztoc.Range{Start: u.End, End: end}
 	if f.stream != nil && !f.b.awaited(tail) {
@@ -347,8 +351,11 @@ func (c *Chain) pump() {
 		if f == nil {
 			return
 		}
-		if !c.ready(f) {
+		if !c.ready(f) || !c.claim(f) {
 			continue
+		}
+		if f.want != nil {
+			f.want.begun++
 		}
 		f.state = running
 		f.ctx, f.cancel = context.WithCancel(c.ctx)
@@ -368,7 +375,7 @@ func (c *Chain) next() *flight {
 			q = q[1:]
 		}
 		c.queue[cl] = q
-		if len(q) == 0 {
+		if len(q) == 0 || c.parked[cl] >= c.o.Requests {
 			continue
 		}
 		if total >= c.o.Requests || cl != demand && total-c.running[demand] >= c.o.Requests-c.o.Reserved {
@@ -430,7 +437,6 @@ func (c *Chain) prefetchSize(w *want) int64 {
 		return c.o.MaxPrefetch
 	}
 	round := w.begun / (c.o.Requests - c.o.Reserved)
-	w.begun++
 	return min(prefetchStart<<min(round, 10), c.o.MaxPrefetch)
 }
 
@@ -462,6 +468,7 @@ func (c *Chain) fly(f *flight) {
 	c.storeChunk(f)
 	c.mu.Lock()
 	f.cancel()
+	f.release(f.claimed)
 	c.running[f.class]--
 	got := ztoc.Range{Start: first, End: f.pos}
 	left := f.toCome()
@@ -615,9 +622,11 @@ func (c *Chain) storeChunk(f *flight) {
 	}
 	if kept {
 		f.base, f.buf = f.pos, f.buf[:0]
+		f.release(ztoc.Range{Start: f.claimed.Start, End: f.base / blockSize * blockSize})
 		return
 	}
 	f.unstored = true
+	f.release(f.claimed) // nobody gains by waiting for it
 	c.stats.UnstoredBytes += int64(len(buf))
 	if f.class == prefetch && !f.dead && !f.b.awaited(f.toCome()) {
 		f.remove() // fetched for nothing

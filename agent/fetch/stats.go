@@ -14,6 +14,7 @@ type Stats struct {
 	OriginRequests int64 // requests to the origin
 	Joined         int64 // reads that needed no flight of their own
 	UnstoredBytes  int64 // received and not kept by the store
+	Yielded        int64 // times a flight waited for another process
 	Rejected       int64 // calls of Reject
 	Running        int   // requests at this moment
 	Queued         int   // flights waiting to become requests

@@ -50,6 +50,76 @@ func TestFirstPullTwice(t *testing.T) {
 	}
 }
 
+// TestManyAtOnce: processes that start the same image at the same moment fetch its bytes once between them.
+func TestManyAtOnce(t *testing.T) {
+	dir := t.TempDir() + "/s"
+	data := content(1, 24<<20+99)
+	ref := refOf(data)
+	o := fetchtest.NewOrigin(data)
+	o.Rate, o.Latency = 40<<20, 5*time.Millisecond
+	var wg sync.WaitGroup
+	for p := range 6 {
+		c := chainOn(t, openStore(t, dir, Options{}), o) // a store of its own stands for a process
+		wg.Go(func() {
+			if p%2 == 0 {
+				st, err := c.Stream(t.Context(), ref)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer st.Close()
+				if got, err := io.ReadAll(st); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("stream: %d bytes, %v", len(got), err)
+				}
+				return
+			}
+			p := make([]byte, 300_000)
+			for off := 0; off+len(p) <= len(data); off += len(p) {
+				if err := c.ReadAt(t.Context(), ref, p, int64(off), ztoc.Demand); err != nil || !bytes.Equal(p, data[off:off+len(p)]) {
+					t.Errorf("read at %d: %v", off, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	// A reader far behind the head of another's long request goes ahead alone: a few units come twice.
+	if o.Sent() > int64(len(data))*5/4 {
+		t.Errorf("%d bytes for %d", o.Sent(), len(data))
+	}
+	t.Logf("%d bytes in %d requests for %d", o.Sent(), len(o.Requests()), len(data))
+}
+
+// TestClaimOfAStoppedProcess: a claim that does not move holds nobody up for ever, and that of a killed one not at all.
+func TestClaimOfAStoppedProcess(t *testing.T) {
+	dir := t.TempDir() + "/s"
+	data := content(1, 4<<20)
+	o := fetchtest.NewOrigin(data)
+	stopped := openBlob(t, openStore(t, dir, Options{}), refOf(data))
+	if _, ok := stopped.Claim(ztoc.Range{Start: 1 << 20, End: 2 << 20}); !ok {
+		t.Fatal("no claim")
+	}
+	s := openStore(t, dir, Options{})
+	if by, ok := openBlob(t, s, refOf(data)).Claim(ztoc.Range{End: 4 << 20}); ok || by != (ztoc.Range{Start: 1 << 20, End: 2 << 20}) {
+		t.Fatalf("claimed twice: %v %v", by, ok)
+	}
+	c := fetch.New(fetch.Options{
+		Store:  fetch.StoreFunc(func(ref ztoc.BlobRef) (fetch.Blob, error) { return s.Blob(ref) }),
+		Origin: o, Yield: 200 * time.Millisecond,
+	})
+	defer c.Close()
+	p := make([]byte, len(data))
+	if err := c.ReadAt(t.Context(), refOf(data), p, 0, ztoc.Demand); err != nil || !bytes.Equal(p, data) {
+		t.Fatal(err)
+	}
+	if s := c.Stats(); s.Yielded == 0 || o.Sent() != int64(len(data)) {
+		t.Errorf("%d bytes, %+v", o.Sent(), s)
+	}
+	stopped.Close()
+	if _, ok := openBlob(t, s, refOf(data)).Claim(ztoc.Range{End: 4 << 20}); !ok {
+		t.Error("a claim outlives its process")
+	}
+}
+
 // TestStreamLargerThanQuota: a first pull through a store that does not hold it still fetches each byte once.
 func TestStreamLargerThanQuota(t *testing.T) {
 	s := openStore(t, t.TempDir()+"/s", Options{Quota: 32 << 20})
@@ -74,8 +144,10 @@ func TestStreamLargerThanQuota(t *testing.T) {
 func TestChainsUnderChurn(t *testing.T) {
 	dir := t.TempDir() + "/s"
 	var blobs [][]byte
+	var refs []ztoc.BlobRef
 	for i := range 4 {
 		blobs = append(blobs, content(uint64(i), 6<<20))
+		refs = append(refs, refOf(blobs[i]))
 	}
 	o := fetchtest.NewOrigin(blobs...)
 	var wg sync.WaitGroup
@@ -87,12 +159,13 @@ func TestChainsUnderChurn(t *testing.T) {
 			wg.Go(func() {
 				rnd := rand.New(rand.NewPCG(uint64(p), uint64(g)))
 				for time.Now().Before(end) {
-					data := blobs[rnd.IntN(len(blobs))]
+					i := rnd.IntN(len(blobs))
+					data := blobs[i]
 					a := rnd.IntN(len(data))
 					b := min(len(data), a+1+rnd.IntN(1<<20))
 					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 					got := make([]byte, b-a)
-					if err := c.ReadAt(ctx, refOf(data), got, int64(a), ztoc.Demand); err != nil {
+					if err := c.ReadAt(ctx, refs[i], got, int64(a), ztoc.Demand); err != nil {
 						t.Error(err)
 					} else if !bytes.Equal(got, data[a:b]) {
 						t.Errorf("wrong bytes in [%d, %d)", a, b)

@@ -124,11 +124,16 @@ type body struct {
 	o      *Origin
 	ctx    context.Context
 	rest   []byte
+	sent   int
+	began  time.Time // of the first Read, when there is a rate
 	once   sync.Once
 	closed chan struct{}
 }
 
 func (b *body) sleep(d time.Duration) error {
+	if d <= 0 {
+		return b.ctx.Err()
+	}
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
@@ -160,7 +165,12 @@ func (b *body) Read(p []byte) (int, error) {
 	}
 	if b.o.Rate > 0 {
 		n = min(n, max(1, b.o.Rate/20))
-		if err := b.sleep(time.Duration(n) * time.Second / time.Duration(b.o.Rate)); err != nil {
+		if b.began.IsZero() {
+			b.began = time.Now()
+		}
+		b.sent += n
+		due := b.began.Add(time.Duration(b.sent) * time.Second / time.Duration(b.o.Rate))
+		if err := b.sleep(time.Until(due)); err != nil {
 			return 0, err
 		}
 	}
