@@ -1,10 +1,13 @@
 package images
 
-import "slices"
+import (
+	"slices"
+	"strings"
+)
 
 // Plain says which image umoci 0.4.7 can unpack to get the tree of name, for comparing with what a
 // mount shows: name itself, or gzip, whose layers have the same archives. It is empty when there is none:
-// for broken images and for torture-odd. What umoci refuses besides those:
+// for broken images, torture-odd, mixed and platform indexes. What umoci refuses besides:
 //
 //   - zstd, in any form, and Docker's media types;
 //   - gzip-extras: a header CRC together with a name, which it sums wrongly;
@@ -18,13 +21,11 @@ func Plain(name string) string {
 	case "gzip-extras", "gzip-zeros":
 		return "gzip"
 	}
-	for _, d := range dialects {
-		if d.name == name && len(name) > 4 && name[:4] == "zstd" {
-			return "gzip"
-		}
-	}
-	if len(name) > 7 && name[:7] == "broken-" || !slices.Contains(Names(), name) {
+	switch {
+	case strings.HasPrefix(name, "broken-"), !slices.Contains(Names(), name):
 		return ""
+	case strings.HasPrefix(name, "zstd-"):
+		return "gzip"
 	}
 	return name
 }
