@@ -251,7 +251,7 @@ func TestTrickleIsLeft(t *testing.T) {
 func TestSlowRegistryManyReaders(t *testing.T) {
 	w := newWorld(t, registry.Options{})
 	o := quick()
-	o.MaxConns = 4
+	o.MaxConns, o.Idle = 4, 10*time.Second
 	o.MinRate = 64 << 10
 	c := newClient(t, o)
 	repo := openRepo(t, c, w.repo+":one")

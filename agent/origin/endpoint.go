@@ -146,16 +146,16 @@ func (c *Client) endpoint(registry string, h hostConfig, mirror bool) (*endpoint
 	}
 	dial := cmp.Or(h.dial, min(e.idle, 30*time.Second))
 	var err error
-	if e.own, err = c.httpClient(h, dial, e.idle); err != nil {
+	if e.own, err = c.httpClient(h, dial); err != nil {
 		return nil, err
 	}
 	h.clients = nil
-	e.other, err = c.httpClient(h, dial, e.idle)
+	e.other, err = c.httpClient(h, dial)
 	return e, err
 }
 
 // httpClient makes a client that follows no redirects: ask does, and knows what must not follow.
-func (c *Client) httpClient(h hostConfig, dial, idle time.Duration) (*http.Client, error) {
+func (c *Client) httpClient(h hostConfig, dial time.Duration) (*http.Client, error) {
 	t, err := h.tlsConfig()
 	if err != nil {
 		return nil, err
@@ -170,7 +170,6 @@ func (c *Client) httpClient(h hostConfig, dial, idle time.Duration) (*http.Clien
 			DialContext:            d.DialContext,
 			TLSClientConfig:        t,
 			TLSHandshakeTimeout:    dial,
-			ResponseHeaderTimeout:  idle,
 			IdleConnTimeout:        90 * time.Second,
 			MaxConnsPerHost:        c.o.MaxConns,
 			MaxIdleConnsPerHost:    c.o.MaxConns,
