@@ -264,7 +264,28 @@ func (r errReader) Read([]byte) (int, error) { return 0, r.err }
 // A giant deflate block: no restart points, and yet everything is checked.
 func TestGiantBlock(t *testing.T) {
 	layer := tarOf(t, file{hdr: tar.Header{Typeflag: tar.TypeReg, Name: "zeros", Mode: 0o644}, body: make([]byte, 3<<20)})
-	// One block with a fixed code: zlib and Go both start another long before, so it is made by hand.
+	blob := fixedBlock(layer)
+	z, sums, err := Build(bytes.NewReader(blob), BuildOptions{MaxBlock: 1 << 20, DiffID: DigestOf(layer), Want: DigestOf(blob)})
+	if !errors.Is(err, ErrNoRestart) || z != nil || sums.InflatedSize != int64(len(layer)) || sums.DiffID != DigestOf(layer) {
+		t.Fatalf("%v, %+v", err, sums)
+	}
+	if _, _, err := Build(bytes.NewReader(blob), BuildOptions{MaxBlock: 1 << 20, Want: DigestOf(layer)}); !errors.Is(err, ErrMismatch) {
+		t.Fatal(err)
+	}
+	z, _, err = Build(bytes.NewReader(blob), BuildOptions{})
+	if err != nil || !bytes.Equal(inflateAll(t, z, blob), layer) {
+		t.Fatal(err)
+	}
+	var derived bytes.Buffer
+	z, _, err = Derive(bytes.NewReader(blob), &derived, BuildOptions{Want: DigestOf(blob), DiffID: DigestOf(layer)})
+	if err != nil || !bytes.Equal(inflateAll(t, z, derived.Bytes()), layer) {
+		t.Fatal(err)
+	}
+}
+
+// fixedBlock is layer as gzip in a single block with the fixed code. zlib and Go would both start
+// another long before, so it is made by hand.
+func fixedBlock(layer []byte) []byte {
 	var bits bitWriter
 	bits.add(1, 1)
 	bits.add(1, 2)
@@ -289,23 +310,7 @@ func TestGiantBlock(t *testing.T) {
 	blob := append([]byte{0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3}, bits.bytes()...)
 	blob = binary.LittleEndian.AppendUint32(blob, crc32.ChecksumIEEE(layer))
 	blob = binary.LittleEndian.AppendUint32(blob, uint32(len(layer)))
-
-	z, sums, err := Build(bytes.NewReader(blob), BuildOptions{MaxBlock: 1 << 20, DiffID: DigestOf(layer), Want: DigestOf(blob)})
-	if !errors.Is(err, ErrNoRestart) || z != nil || sums.InflatedSize != int64(len(layer)) || sums.DiffID != DigestOf(layer) {
-		t.Fatalf("%v, %+v", err, sums)
-	}
-	if _, _, err := Build(bytes.NewReader(blob), BuildOptions{MaxBlock: 1 << 20, Want: DigestOf(layer)}); !errors.Is(err, ErrMismatch) {
-		t.Fatal(err)
-	}
-	z, _, err = Build(bytes.NewReader(blob), BuildOptions{})
-	if err != nil || !bytes.Equal(inflateAll(t, z, blob), layer) {
-		t.Fatal(err)
-	}
-	var derived bytes.Buffer
-	z, _, err = Derive(bytes.NewReader(blob), &derived, BuildOptions{Want: DigestOf(blob), DiffID: DigestOf(layer)})
-	if err != nil || !bytes.Equal(inflateAll(t, z, derived.Bytes()), layer) {
-		t.Fatal(err)
-	}
+	return blob
 }
 
 // A bitWriter packs deflate's bits.

@@ -14,34 +14,37 @@ import (
 // sparseFiles makes files with holes in dir: none, few, many, only holes, a hole at the end.
 func sparseFiles(t testing.TB, dir string) map[string]int64 {
 	t.Helper()
-	make := func(name string, size int64, at ...int64) {
-		f, err := os.Create(filepath.Join(dir, name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, off := range at {
-			if _, err := f.WriteAt(text(uint64(off), 5000), off); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := f.Truncate(size); err != nil {
-			t.Fatal(err)
-		}
-		if err := f.Close(); err != nil {
-			t.Fatal(err)
-		}
-	}
 	var many []int64
 	for i := range int64(70) {
 		many = append(many, i*40000)
 	}
-	make("a-plain", 5000, 0)
-	make("b-few", 1000000, 0, 300000, 900000)
-	make("c-many", 40000*70, many...)
-	make("d-only-hole", 3<<20)
-	make("e-end", 2000000, 50000)
-	make("f-plain", 5001, 1)
+	sparseFile(t, dir, "a-plain", 5000, 5000, 0)
+	sparseFile(t, dir, "b-few", 1000000, 5000, 0, 300000, 900000)
+	sparseFile(t, dir, "c-many", 40000*70, 5000, many...)
+	sparseFile(t, dir, "d-only-hole", 3<<20, 5000)
+	sparseFile(t, dir, "e-end", 2000000, 5000, 50000)
+	sparseFile(t, dir, "f-plain", 5001, 5000, 1)
 	return map[string]int64{"b-few": 1000000, "c-many": 40000 * 70, "d-only-hole": 3 << 20, "e-end": 2000000}
+}
+
+// sparseFile makes a file of size bytes with data of n bytes at each of the offsets.
+func sparseFile(t testing.TB, dir, name string, size int64, n int, at ...int64) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(dir, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, off := range at {
+		if _, err := f.WriteAt(text(uint64(off), n), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func TestSparse(t *testing.T) {

@@ -171,9 +171,11 @@ func (z *Ztoc) outEnd(i int) int64 {
 }
 
 // SpansOf is the half-open interval [lo, hi) of the spans that hold the bytes of out, a range of the
-// inflated layer. It is empty (lo == hi) when out is empty or outside of the layer.
+// inflated layer. It is empty (lo == hi) when out is empty or outside of the layer. Spans that inflate
+// to nothing are in it only where they lie between others.
 func (z *Ztoc) SpansOf(out Range) (lo, hi int) {
 	n := z.NumSpans()
+	out = out.Intersect(Range{0, z.InflatedSize})
 	if out.Empty() {
 		return 0, 0
 	}
