@@ -1,0 +1,482 @@
+// Command read measures reading through a mount when everything is local and the page cache is cold,
+// beside a plain ext4 directory with the same files, in turns.
+//
+//  1. The image is debian-scipy with a layer on top: a file of 500 MB made of the image's own bytes, and as
+//     many small files as 50,000 inodes need. muster mounts it from a registry, umoci unpacks it.
+//  2. Walks: find -printf, first and again. Reading: the large file in order, against one core's
+//     inflate of the same layer. Everything: tar, against ext4's tar plus inflating once.
+//  3. Memory: private bytes of the mount's processes, idle, after reading everything, and with 500
+//     readers blocked on a registry that does not answer.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/muster-hpc/muster/tests/bench/lab"
+	"github.com/muster-hpc/muster/tests/bench/report"
+	"github.com/muster-hpc/muster/tests/images"
+	"github.com/muster-hpc/muster/tests/registry"
+	"github.com/muster-hpc/muster/ztoc/inflate"
+)
+
+// The targets.
+const (
+	firstWalk    = 1.2 // of ext4
+	nextWalk     = 1.1 // of ext4
+	sequential   = 1.5 // of one core's inflate
+	wholeTree    = 1.2 // of ext4's tar plus inflating once
+	idleMemory   = 30  // MB
+	readMemory   = 120 // MB
+	readers      = 500
+	inodes       = 50_000
+	bigFile      = 500 << 20
+	smallPerDir  = 100
+	smallContent = 900
+)
+
+func main() {
+	rounds := flag.Int("rounds", 3, "rounds per row")
+	muster := flag.String("muster", "build/muster", "binary to measure")
+	flag.Parse()
+	b := &bench{rounds: *rounds}
+	err := b.run(context.Background(), *muster)
+	b.close()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench-read:", err)
+		os.Exit(1)
+	}
+}
+
+type bench struct {
+	rounds   int
+	muster   string
+	dir      string // scratch
+	plain    string // unpacked tree
+	mounted  string
+	proxy    *registry.Proxy
+	ref      string
+	pid      int     // of the mount's parent
+	rate     float64 // inflated bytes per second and core
+	inflated int64   // bytes of all layers
+	rows     []report.Row
+	closers  []func()
+}
+
+func (b *bench) close() {
+	for i := len(b.closers) - 1; i >= 0; i-- {
+		b.closers[i]()
+	}
+}
+
+func (b *bench) run(ctx context.Context, muster string) (err error) {
+	if b.muster, err = filepath.Abs(muster); err != nil {
+		return err
+	}
+	if b.dir, err = os.MkdirTemp("/var/tmp", "muster-bench-"); err != nil {
+		return err
+	}
+	b.closers = append(b.closers, func() { os.RemoveAll(b.dir) })
+	if err := b.prepare(ctx); err != nil {
+		return err
+	}
+	for _, step := range []func() error{b.first, b.walks, b.big, b.tar, b.blocked} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	_, err = report.Write(os.Stdout, "read", b.rows)
+	return err
+}
+
+// prepare makes the image, unpacks it, and serves it from an embedded registry.
+func (b *bench) prepare(ctx context.Context) error {
+	base, err := images.Get("debian-scipy")
+	if err != nil {
+		return err
+	}
+	layout := filepath.Join(b.dir, "layout")
+	if err := b.grow(base, layout); err != nil {
+		return err
+	}
+	bundle, err := lab.Unpack(layout, filepath.Join(b.dir, "bundle"))
+	if err != nil {
+		return err
+	}
+	b.plain = bundle.Root()
+	h, err := registry.NewHandler(filepath.Join(b.dir, "registry"), registry.Options{})
+	if err != nil {
+		return err
+	}
+	if b.proxy, err = registry.StartProxy(h); err != nil {
+		return err
+	}
+	b.closers = append(b.closers, func() { b.proxy.Close() })
+	b.ref = b.proxy.Addr + "/bench:latest"
+	if _, err := registry.Push(ctx, b.ref, layout, ""); err != nil {
+		return err
+	}
+	b.mounted = filepath.Join(b.dir, "mnt")
+	return os.Mkdir(b.mounted, 0o755)
+}
+
+// grow writes base's image with one more layer to layout.
+func (b *bench) grow(base, layout string) error {
+	blobs, err := images.ReadLayout(base)
+	if err != nil {
+		return err
+	}
+	layers, err := lab.Layers(base)
+	if err != nil {
+		return err
+	}
+	var big []byte
+	have := 0
+	for _, l := range layers {
+		tar, err := gunzip(l.Path)
+		if err != nil {
+			return err
+		}
+		b.inflated += int64(len(tar))
+		if len(big) < bigFile {
+			big = append(big, tar[:min(len(tar), bigFile-len(big))]...)
+		}
+		have += bytes.Count(tar, []byte("\x00ustar")) // near enough: inodes are filled up to at least 50,000
+	}
+	entries := []images.Entry{images.Dir("bench"), images.File("bench/big", string(big))}
+	for i := 0; i < inodes-have; i++ {
+		if i%smallPerDir == 0 {
+			entries = append(entries, images.Dir(fmt.Sprintf("bench/%d", i/smallPerDir)))
+		}
+		content := strings.Repeat(fmt.Sprintf("file %d\n", i), smallContent/10)
+		entries = append(entries, images.File(fmt.Sprintf("bench/%d/%d", i/smallPerDir, i), content))
+	}
+	tar := images.Tar(entries...)
+	b.inflated += int64(len(tar))
+	return images.WriteLayout(layout, append(blobs, images.NewLayer(images.MediaLayerGzip, images.Gzip(tar), tar))...)
+}
+
+func gunzip(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(inflate.NewReader(f, inflate.Options{}))
+}
+
+// first pulls everything, through a mount, and measures its idle memory.
+func (b *bench) first() error {
+	if err := b.mount(); err != nil {
+		return err
+	}
+	start := time.Now()
+	if err := inflateAll(filepath.Join(b.dir, "layout")); err != nil {
+		return err
+	}
+	b.rate = float64(b.inflated) / time.Since(start).Seconds()
+	b.rows = append(b.rows, report.Figure("one-core inflate of all layers", b.rate/1e6, "MB/s out"))
+	return nil
+}
+
+func inflateAll(layout string) error {
+	layers, err := lab.Layers(layout)
+	if err != nil {
+		return err
+	}
+	for _, l := range layers {
+		f, err := os.Open(l.Path)
+		if err != nil {
+			return err
+		}
+		_, err = inflate.NewReader(f, inflate.Options{}).WriteTo(io.Discard)
+		f.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) mount() error {
+	cmd := exec.Command(b.muster, "--store-dir", filepath.Join(b.dir, "store"), "mount", "--json", b.ref, b.mounted)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return fmt.Errorf("mount: %w: %s", err, stderr.String())
+	}
+	var m struct {
+		Pid int `json:"pid"`
+	}
+	if err := json.Unmarshal(out, &m); err != nil {
+		return err
+	}
+	b.pid = m.Pid
+	if len(b.closers) > 0 {
+		b.closers = append(b.closers, func() { exec.Command("umount", "-l", b.mounted).Run() }) //nolint:errcheck // may be gone
+	}
+	return nil
+}
+
+func (b *bench) umount() error {
+	if out, err := exec.Command(b.muster, "umount", b.mounted).CombinedOutput(); err != nil {
+		return fmt.Errorf("umount: %w: %s", err, out)
+	}
+	return nil
+}
+
+// remount gives every measurement a fresh server and a cold page cache.
+func (b *bench) remount() error {
+	if err := b.umount(); err != nil {
+		return err
+	}
+	if err := b.mount(); err != nil {
+		return err
+	}
+	return lab.DropCaches()
+}
+
+func (b *bench) walks() error {
+	var ext4, ours, ext4Next, oursNext []float64
+	for range b.rounds {
+		if err := lab.DropCaches(); err != nil {
+			return err
+		}
+		for range 2 {
+			t, n, err := walk(b.plain)
+			if err != nil {
+				return err
+			}
+			if n < inodes {
+				return fmt.Errorf("the tree has %d inodes, fewer than %d", n, inodes)
+			}
+			ext4, ext4Next = appendFirst(ext4, ext4Next, t)
+		}
+		if err := b.remount(); err != nil {
+			return err
+		}
+		for range 2 {
+			t, _, err := walk(b.mounted)
+			if err != nil {
+				return err
+			}
+			ours, oursNext = appendFirst(ours, oursNext, t)
+		}
+	}
+	b.rows = append(b.rows,
+		report.Figure("first walk, ext4", report.Median(ext4), "s"),
+		report.AtMost("first walk / ext4", report.Median(ours)/report.Median(ext4), "", firstWalk),
+		report.Figure("next walk, ext4", report.Median(ext4Next), "s"),
+		report.AtMost("next walk / ext4", report.Median(oursNext)/report.Median(ext4Next), "", nextWalk))
+	return nil
+}
+
+// appendFirst appends to first and next in turns.
+func appendFirst(first, next []float64, t float64) (f, n []float64) {
+	if len(first) == len(next) {
+		return append(first, t), next
+	}
+	return first, append(next, t)
+}
+
+func walk(dir string) (seconds float64, n int, err error) {
+	cmd := exec.Command("find", dir, "-printf", "%s %m %p\n")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return 0, 0, err
+	}
+	start := time.Now()
+	if err := cmd.Start(); err != nil {
+		return 0, 0, err
+	}
+	for s := bufio.NewScanner(out); s.Scan(); {
+		n++
+	}
+	err = cmd.Wait()
+	return time.Since(start).Seconds(), n, err
+}
+
+func (b *bench) big() error {
+	var ours, ext4 []float64
+	for range b.rounds {
+		for _, x := range []struct {
+			root string
+			to   *[]float64
+		}{{b.plain, &ext4}, {b.mounted, &ours}} {
+			if err := b.remount(); err != nil {
+				return err
+			}
+			start := time.Now()
+			f, err := os.Open(filepath.Join(x.root, "bench/big"))
+			if err != nil {
+				return err
+			}
+			n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{f}, make([]byte, 1<<20))
+			f.Close()
+			if err != nil {
+				return err
+			}
+			*x.to = append(*x.to, float64(n)/time.Since(start).Seconds())
+		}
+	}
+	b.rows = append(b.rows,
+		report.Figure("500 MB in order, ext4", report.Median(ext4)/1e6, "MB/s"),
+		report.Figure("500 MB in order, mount", report.Median(ours)/1e6, "MB/s"),
+		report.AtLeast("500 MB in order / one-core inflate", report.Median(ours)/b.rate, "", sequential))
+	return nil
+}
+
+func (b *bench) tar() error {
+	idle, err := b.memory()
+	if err != nil {
+		return err
+	}
+	var ours, ext4 []float64
+	for range b.rounds {
+		if err := b.remount(); err != nil {
+			return err
+		}
+		t, err := tarOf(b.plain)
+		if err != nil {
+			return err
+		}
+		ext4 = append(ext4, t)
+		if err := b.remount(); err != nil {
+			return err
+		}
+		if idle, err = b.memory(); err != nil {
+			return err
+		}
+		if t, err = tarOf(b.mounted); err != nil {
+			return err
+		}
+		ours = append(ours, t)
+	}
+	after, err := b.memory()
+	if err != nil {
+		return err
+	}
+	once := float64(b.inflated) / b.rate
+	b.rows = append(b.rows,
+		report.Figure("tar of everything, ext4", report.Median(ext4), "s"),
+		report.Figure("tar of everything, mount", report.Median(ours), "s"),
+		report.Figure("inflating everything once, one core", once, "s"),
+		report.AtMost("tar / (ext4 + inflating once)", report.Median(ours)/(report.Median(ext4)+once), "", wholeTree),
+		report.AtMost("private memory, idle", idle, "MB", idleMemory),
+		report.AtMost("private memory, after reading everything", after, "MB", readMemory))
+	return nil
+}
+
+func tarOf(dir string) (seconds float64, err error) {
+	// tar notices /dev/null and reads nothing, hence the pipe.
+	start := time.Now()
+	out, err := exec.Command("sh", "-c", "tar -C "+dir+" -cf - . | cat >/dev/null").CombinedOutput()
+	if err != nil {
+		return 0, fmt.Errorf("tar: %w: %s", err, out)
+	}
+	return time.Since(start).Seconds(), nil
+}
+
+// blocked measures memory while 500 readers wait for a registry that says nothing: an index is beside the
+// image by then, the store is empty.
+func (b *bench) blocked() error {
+	if err := b.umount(); err != nil {
+		return err
+	}
+	store := filepath.Join(b.dir, "store")
+	if out, err := exec.Command(b.muster, "--store-dir", store, "index", "push", b.ref).CombinedOutput(); err != nil {
+		return fmt.Errorf("index push: %w: %s", err, out)
+	}
+	if err := os.RemoveAll(store); err != nil {
+		return err
+	}
+	files, err := someFiles(filepath.Join(b.plain, "usr"), readers)
+	if err != nil {
+		return err
+	}
+	if err := b.mount(); err != nil {
+		return err
+	}
+	b.proxy.Inject(registry.Match{Kind: registry.Blob}, 0, registry.Hang())
+	var wg sync.WaitGroup
+	for _, f := range files {
+		rel, _ := filepath.Rel(b.plain, f)
+		wg.Go(func() {
+			if f, err := os.Open(filepath.Join(b.mounted, rel)); err == nil {
+				f.Read(make([]byte, 4096)) //nolint:errcheck // ends when it ends
+				f.Close()
+			}
+		})
+	}
+	time.Sleep(3 * time.Second)
+	waiting, err := b.memory()
+	b.proxy.Clear()
+	if err != nil {
+		return err
+	}
+	if err := b.umount(); err != nil {
+		return err
+	}
+	wg.Wait()
+	b.rows = append(b.rows, report.AtMost(fmt.Sprintf("private memory, %d readers blocked", readers), waiting, "MB", readMemory))
+	return nil
+}
+
+func someFiles(dir string, n int) (files []string, err error) {
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || len(files) == n {
+			return err
+		}
+		if info, err := d.Info(); err == nil && d.Type().IsRegular() && info.Size() > 8<<10 {
+			files = append(files, path)
+		}
+		return nil
+	})
+	return files, err
+}
+
+// memory is the private memory of the mount's processes, MB.
+func (b *bench) memory() (float64, error) {
+	total := 0.0
+	for _, pid := range append(children(b.pid), b.pid) {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+		if err != nil {
+			return 0, err
+		}
+		for line := range strings.Lines(string(text)) {
+			f := strings.Fields(line)
+			if len(f) > 1 && (f[0] == "Private_Clean:" || f[0] == "Private_Dirty:") {
+				kb, _ := strconv.ParseFloat(f[1], 64)
+				total += kb / 1e3
+			}
+		}
+	}
+	return total, nil
+}
+
+func children(pid int) (all []int) {
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, t := range tasks {
+		text, _ := os.ReadFile(t)
+		for _, f := range strings.Fields(string(text)) {
+			if c, err := strconv.Atoi(f); err == nil {
+				all = append(append(all, c), children(c)...)
+			}
+		}
+	}
+	return all
+}
