@@ -102,6 +102,8 @@ func (r *remote) doExcept(ctx context.Context, c *call, p *patience, no map[*end
 		}
 		if lastOf == e {
 			wait = max(wait, last.after, jitter(p.tries-1))
+		} else if wait > 0 {
+			wait += jitter(0) // all that wait for the same rest do not end it together
 		}
 		if wait > 0 {
 			if left := p.max - time.Since(p.since); wait > left {

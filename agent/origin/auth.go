@@ -224,6 +224,10 @@ func (c *Client) token(e *endpoint, r *http.Request, same bool) (string, error) 
 		client = e.own
 	}
 	r.Header.Set("User-Agent", c.userAgent())
+	outer := r.Context()
+	ctx, cancel := context.WithTimeout(outer, e.idle) // an answer is a few hundred bytes
+	defer cancel()
+	r = r.WithContext(ctx)
 	rec := Request{Kind: KindToken, Method: r.Method, Host: r.URL.Host, Mirror: e.mirror}
 	begun := time.Now()
 	defer func() {
@@ -236,8 +240,8 @@ func (c *Client) token(e *endpoint, r *http.Request, same bool) (string, error) 
 	}
 	resp, err := client.Do(r)
 	if err != nil {
-		if r.Context().Err() != nil {
-			return "", context.Cause(r.Context())
+		if outer.Err() != nil {
+			return "", context.Cause(outer)
 		}
 		return fail(0, clean(bare(err).Error()), ErrUnreachable, bare(err))
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/muster-hpc/muster/ztoc"
@@ -186,6 +187,9 @@ func (b *body) accept(c *call, a *answer) (skip int64, err error) {
 	if enc := a.Header.Get("Content-Encoding"); enc != "" && enc != "identity" {
 		return 0, fmt.Errorf("it re-encodes blobs as %.20q", enc)
 	}
+	if strings.HasPrefix(a.Header.Get("Content-Type"), "text/html") {
+		return 0, errors.New("a web page instead of a blob; is there a login page between us?")
+	}
 	size := int64(-1)
 	if a.StatusCode == http.StatusOK {
 		size = a.ContentLength
@@ -247,6 +251,7 @@ type watched struct {
 	left   int64 // by Content-Length; negative: not told
 	min    int64 // bytes per second; 0: any rate will do
 	window time.Duration
+	timer  *time.Timer // runs only while a Read waits
 
 	busy  time.Duration // spent waiting in this window
 	got   int64         // bytes in this window
@@ -263,11 +268,15 @@ func (w *watched) Read(p []byte) (int, error) {
 	e := w.a.e
 	t0 := time.Now()
 	stop := w.a.stop
-	timer := time.AfterFunc(e.idle, func() { stop(errStalled) })
+	if w.timer == nil {
+		w.timer = time.AfterFunc(e.idle, func() { stop(errStalled) })
+	} else {
+		w.timer.Reset(e.idle)
+	}
 	e.active.Add(1)
 	n, err := w.a.Body.Read(p)
 	active := e.active.Add(-1) + 1
-	stalled := !timer.Stop()
+	stalled := !w.timer.Stop()
 	w.n += int64(n)
 	w.left -= int64(n)
 	e.moved.Add(int64(n))

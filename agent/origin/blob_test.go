@@ -127,6 +127,7 @@ func TestBlobLies(t *testing.T) {
 		{"a longer range", registry.LongRange(5), ErrProtocol},
 		{"unreadable range", registry.Answer(206, "x", "Content-Range", "bytes five-six/seven"), ErrProtocol},
 		{"no range", registry.Answer(206, "x"), ErrProtocol},
+		{"a login page", registry.Answer(200, "<html>"+strings.Repeat("x", layerSize)+"</html>"), ErrProtocol},
 		{"encoded", registry.Answer(206, "x", "Content-Encoding", "gzip", "Content-Range", "bytes 1000-299999/400000"), ErrProtocol},
 		{"not implemented", registry.Answer(400, `{"errors":[{"code":"UNSUPPORTED","message":"no"}]}`), ErrProtocol},
 	}
@@ -169,6 +170,18 @@ func TestBlobWaitsForTheNetwork(t *testing.T) {
 	}
 	if string(append(got, rest...)) != string(layerBytes(1, layerSize)[middle.Start:middle.End]) {
 		t.Error("wrong bytes")
+	}
+}
+
+// A pull-through cache is silent for longer than any timer until it has the blob itself: waited for longer
+// each time, it answers.
+func TestSilentRegistryIsWaitedFor(t *testing.T) {
+	w := newWorld(t, registry.Options{})
+	repo := w.open(quick())
+	w.Inject(anyBlob, 0, registry.Delay(3*quick().Idle))
+	wantRange(t, repo, middle)
+	if n := w.Count(anyBlob); n > 4 {
+		t.Errorf("%d requests", n)
 	}
 }
 

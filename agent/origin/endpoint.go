@@ -20,6 +20,7 @@ import (
 // the registry itself.
 type upstream struct {
 	registry  string
+	stamp     string // of the configuration it was made from
 	endpoints []*endpoint
 }
 
@@ -61,18 +62,20 @@ const (
 	maxRemembered = 4096 // entries of misses and signed
 )
 
-// upstream finds or builds the endpoints of registry.
+// upstream finds or builds the endpoints of registry. A changed hosts.toml counts from the next repository
+// that is opened, as with containerd.
 func (c *Client) upstream(registry string) (*upstream, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if u := c.upstreams[registry]; u != nil {
+	stamp := c.certs.stamp(registry)
+	if u := c.upstreams[registry]; u != nil && u.stamp == stamp {
 		return u, nil
 	}
 	f, _, err := c.certs.lookup(registry)
 	if err != nil {
 		return nil, err
 	}
-	u := &upstream{registry: registry}
+	u := &upstream{registry: registry, stamp: stamp}
 	server := f.server
 	if server.base.Host == "" {
 		host := registry
@@ -99,7 +102,7 @@ func (c *Client) upstream(registry string) (*upstream, error) {
 		}
 		u.endpoints = append(u.endpoints, e)
 	}
-	if !slices.ContainsFunc(f.hosts, func(h hostConfig) bool { return h.base == server.base }) {
+	if !slices.ContainsFunc(f.hosts, func(h hostConfig) bool { return h.base == server.base && h.pull && h.resolve && h.push }) {
 		e, err := c.endpoint(registry, server, false)
 		if err != nil {
 			return nil, certsError(registry, server.base.Host, err)

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -77,6 +76,23 @@ func (c *certsDir) lookup(registry string) (f hostsFile, ok bool, err error) {
 	return f, false, nil
 }
 
+// stamp changes when the files that lookup would read have changed.
+func (c *certsDir) stamp(registry string) string {
+	for _, name := range certsDirNames(registry) {
+		dir := filepath.Join(c.dir, name)
+		st, err := os.Stat(dir)
+		if err != nil || !st.IsDir() {
+			continue
+		}
+		s := fmt.Sprint(name, st.ModTime().UnixNano())
+		if st, err := os.Stat(filepath.Join(dir, "hosts.toml")); err == nil {
+			s += fmt.Sprint(" ", st.ModTime().UnixNano(), st.Size())
+		}
+		return s
+	}
+	return ""
+}
+
 func certsError(registry, file string, err error) error {
 	return &Error{Image: registry, Message: clean(file + ": " + err.Error()), Next: "correct the file (containerd's docs/hosts.md describes it)", Err: ErrUsage, Cause: err}
 }
@@ -85,8 +101,8 @@ func certsError(registry, file string, err error) error {
 // file's name), host:port, _default.
 func certsDirNames(registry string) []string {
 	var names []string
-	if host, port, err := net.SplitHostPort(registry); err == nil {
-		names = append(names, host+"_"+port+"_")
+	if i := strings.LastIndexByte(registry, ':'); i > 0 && !strings.HasSuffix(registry, "]") {
+		names = append(names, registry[:i]+"_"+registry[i+1:]+"_")
 	}
 	names = append(names, registry, "_default")
 	return slices.DeleteFunc(names, func(n string) bool { return strings.ContainsAny(n, `/\`) || n == "." || n == ".." })

@@ -152,6 +152,26 @@ func TestBrokenMirror(t *testing.T) {
 	})
 }
 
+// A changed hosts.toml counts from the next repository on; and the registry itself among its own hosts is
+// still there for what that entry cannot do.
+func TestHostsAreReadAgain(t *testing.T) {
+	server, mirror := newWorld(t, registry.Options{}), newWorld(t, registry.Options{})
+	o := mirrored(t, server)
+	c := newClient(t, o)
+	wantRange(t, openRepo(t, c, "upstream.example/test:one"), middle)
+	text := fmt.Sprintf("server = \"http://%s\"\n[host.\"http://%s\"]\n[host.\"http://%s\"]\ncapabilities = [\"pull\"]\n", server.Addr, mirror.Addr, server.Addr)
+	writeFile(t, text, o.CertsDir, "upstream.example", "hosts.toml")
+	repo := openRepo(t, c, "upstream.example/test:one")
+	wantRange(t, repo, middle)
+	if s, m := server.Count(anyBlob), mirror.Count(anyBlob); s != 1 || m != 1 {
+		t.Errorf("%d requests to the registry, %d to the mirror", s, m)
+	}
+	pushArtifact(t, repo, Image{Digest: layer().Digest, MediaType: MediaTypeManifest}, 1)
+	if n := server.Count(registry.Match{Kind: registry.Upload}); n == 0 {
+		t.Error("no upload to the registry")
+	}
+}
+
 // A mirror that gives another manifest than its digest says is passed over.
 func TestLyingMirror(t *testing.T) {
 	server, mirror := newWorld(t, registry.Options{}), newWorld(t, registry.Options{})
