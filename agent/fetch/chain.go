@@ -39,11 +39,11 @@ type Blob interface {
 	Close() error
 }
 
-// A Claimer is a Blob that other processes fetch into as well. Claims are advice: they keep the processes of a host from
-// fetching the same range at the same moment.
+// A Claimer is a Blob that other processes fetch into as well. Claims are advice: they keep the processes
+// of a host from fetching the same range at the same moment.
 type Claimer interface {
-	// Claim announces that this process fetches r. When another process has announced some of it, nothing is announced, and by is the first such
-	// range. A claim ends with its process.
+	// Claim announces that this process fetches r. When another process has announced some of it, nothing
+	// is announced, and by is the first such range. A claim ends with its process.
 	Claim(r ztoc.Range) (by ztoc.Range, ok bool)
 	// Release ends what Claim announced.
 	Release(r ztoc.Range)
@@ -95,14 +95,15 @@ type Options struct {
 	// with room to spare. Default 16 MiB.
 	Ahead int64
 
-	// Yield is how long a flight waits while another process of the host fetches the same range and nothing of it
-	// arrives. Too short and slow registries are asked twice, too long and a stopped process holds up others. Default 10 s.
+	// Yield is how long a flight waits while another process of the host fetches the same range and nothing
+	// of it arrives. Too short and slow registries are asked twice, too long and a stopped process holds up
+	// others. Default 10 s.
 	Yield time.Duration
 
 	// Temporary says whether an error of the origin may go away by itself. Nil: none does.
 	Temporary func(error) bool
-	// Patience is how long a read goes on asking after temporary errors before it gives up. Too short and an outage becomes EIO
-	// in a job, too long and a job hangs on a dead registry. Default 5 minutes.
+	// Patience is how long a read goes on asking after temporary errors before it gives up. Too short and
+	// an outage becomes EIO in a job, too long and a job hangs on a dead registry. Default 5 minutes.
 	Patience time.Duration
 
 	// OnEvent is told of each request to the origin when it starts and when it ends. It is called from several
@@ -204,8 +205,8 @@ func (c *Chain) Close() error {
 	return errors.Join(errs...)
 }
 
-// ReadAt fills p from off of the blob. It returns when the bytes are there, when ctx ends, or with the origin's error. The
-// bytes are not proven.
+// ReadAt fills p from off of the blob. It returns when the bytes are there, when ctx ends, or with the
+// origin's error. The bytes are not proven.
 func (c *Chain) ReadAt(ctx context.Context, ref ztoc.BlobRef, p []byte, off int64, pri ztoc.Priority) error {
 	cl := demand
 	if pri == ztoc.Prefetch {
@@ -218,8 +219,8 @@ func (c *Chain) ReadAt(ctx context.Context, ref ztoc.BlobRef, p []byte, off int6
 	return c.read(ctx, b, p, off, cl, nil)
 }
 
-// storeTries is how often a read believes the store's presence before it goes past it: presence may say yes and reading
-// fail for ever, on a disk that breaks.
+// storeTries is how often a read believes the store's presence before it goes past it: presence may say yes
+// and reading fail for ever, on a disk that breaks.
 const storeTries = 8
 
 // read is ReadAt for all classes: store, join a flight, look again, origin.
@@ -273,8 +274,8 @@ func (c *Chain) read(ctx context.Context, b *blob, p []byte, off int64, cl class
 	}
 }
 
-// pause waits a little before a temporary error is tried again: half as long as it has lasted, between 0.1 and 5 s, with
-// jitter so that hosts do not come back together.
+// pause waits a little before a temporary error is tried again: half as long as it has lasted, between 0.1
+// and 5 s, with jitter so that hosts do not come back together.
 func (c *Chain) pause(ctx context.Context, lasted time.Duration) error {
 	d := min(max(lasted/2, 100*time.Millisecond), 5*time.Second)
 	t := time.NewTimer(d/2 + rand.N(d))
@@ -342,7 +343,8 @@ func addRange(rs []ztoc.Range, r ztoc.Range) []ztoc.Range {
 	return append(rs, r)
 }
 
-// join makes a waiter for todo and sees to it that every byte of it is on its way. Nil when the store has some of it by now:
+// join makes a waiter for todo and sees to it that every byte of it is on its way. Nil when the store has
+// some of it by now:
 //
 //	reader A: the store has it not      reader B: flight ends, bytes are in the store, flight is forgotten
 //	reader A: no flight to join, so it would fetch it again
@@ -422,7 +424,8 @@ func (c *Chain) blob(ref ztoc.BlobRef, r ztoc.Range) (*blob, error) {
 	return b, nil
 }
 
-// Local reports whether the store has all of r, so that ReadAt would not wait for the origin. It does not wait itself.
+// Local reports whether the store has all of r, so that ReadAt would not wait for the origin. It does not
+// wait itself.
 func (c *Chain) Local(ref ztoc.BlobRef, r ztoc.Range) bool {
 	b, err := c.blob(ref, r)
 	if err != nil {

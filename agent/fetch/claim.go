@@ -13,8 +13,8 @@ const claimPoll = 10 * time.Millisecond
 // claim announces a flight that is about to start to the other processes of the host. False when one of them is
 // fetching the same: then the flight is parked, and tried again when it may have changed.
 //
-// A process shows progress by releasing what it has stored. A flight waits as long as it sees progress, and Options.Yield
-// beyond. A demand read does not wait for a claim that begins far before it.
+// A process shows progress by releasing what it has stored. A flight waits as long as it sees progress, and
+// Options.Yield beyond. A demand read does not wait for a claim that begins far before it.
 func (c *Chain) claim(f *flight) bool {
 	cl, ok := f.b.kept.get().(Claimer)
 	if !ok || f.force {

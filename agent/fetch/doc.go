@@ -21,9 +21,9 @@
 // When it ends: a reader whose context ends leaves at once; a flight that nobody wants any more is
 // cancelled unless it is nearly done; Close cancels all and waits.
 //
-// Several processes of a host may have a chain each on one store. A flight claims its range in the store when it
-// starts; another's flight for the same range waits, looking into the store every 10 ms, as long as bytes arrive there. Claims are advice
-// and end with their process; a flight that waits in vain goes ahead.
+// Several processes of a host may have a chain each on one store. A flight claims its range in the store
+// when it starts; another's flight for the same range waits, looking into the store every 10 ms, as long as
+// bytes arrive there. Claims are advice and end with their process; a flight that waits in vain goes ahead.
 //
 // Stream gives a whole blob in order, for the first pull. It is a reader with a flight that runs ahead
 // of it, by a bounded distance; other readers join it.
@@ -36,6 +36,7 @@
 // happen outside it. What is running: one goroutine for each flight in progress, at most Options.Requests.
 //
 // Not promised: that the bytes are right. Callers hash them, and call Reject when they are not; after three
-// wrong answers for one range Reject gives the error to give up with. Also not promised: that a byte is fetched only once
-// whatever happens. Evicted ones come again, and so may up to a chunk where a flight is cut or cancelled.
+// wrong answers for one range Reject gives the error to give up with. Also not promised: that a byte is
+// fetched only once whatever happens. Evicted ones come again, and so may up to a chunk where a flight is
+// cut or cancelled.
 package fetch

@@ -19,9 +19,9 @@ type reject struct {
 	last  time.Time
 }
 
-// Reject drops r of the blob because it did not match its digest; the next read fetches it again, from elsewhere if the
-// origin has an elsewhere. After the third wrong answer for the same range it returns an error to give up
-// with: ErrWrong, with cause.
+// Reject drops r of the blob because it did not match its digest; the next read fetches it again, from
+// elsewhere if the origin has an elsewhere. After the third wrong answer for the same range it returns an
+// error to give up with: ErrWrong, with cause.
 //
 // Several readers may have been given the same wrong bytes. Only the first of their calls counts.
 func (c *Chain) Reject(ref ztoc.BlobRef, r ztoc.Range, cause error) error {

@@ -20,10 +20,10 @@ type stream struct {
 	pos    int64 // next byte to read; written by the reader under Chain.mu
 }
 
-// Stream reads the whole blob in offset order and stores it on the way. Parts that the store has are read from
-// there and not fetched again; the rest comes in few, long requests that run ahead of the reader. The
-// bytes are not proven: the caller hashes the whole, and calls Reject for all of it when it does not match. Close must be called;
-// it or the end of ctx ends the requests.
+// Stream reads the whole blob in offset order and stores it on the way. Parts that the store has are read
+// from there and not fetched again; the rest comes in few, long requests that run ahead of the reader. The
+// bytes are not proven: the caller hashes the whole, and calls Reject for all of it when it does not match.
+// Close must be called; it or the end of ctx ends the requests.
 func (c *Chain) Stream(ctx context.Context, ref ztoc.BlobRef) (io.ReadCloser, error) {
 	b, err := c.blob(ref, ztoc.Range{})
 	if err != nil {

@@ -351,9 +351,10 @@ func (b *Blob) ReadAt(p []byte, off int64) error {
 	return rerr
 }
 
-// WriteAt stores p at off: those blocks that p covers wholly and that are absent. What is here already is not
-// written again, so that wrong bytes cannot replace right ones; Drop it first. ErrNoSpace when the store does not keep it (some of p may
-// have been kept). A write that meets an eviction may be forgotten without error.
+// WriteAt stores p at off: those blocks that p covers wholly and that are absent. What is here already is
+// not written again, so that wrong bytes cannot replace right ones; Drop it first. ErrNoSpace when the
+// store does not keep it (some of p may have been kept). A write that meets an eviction may be forgotten
+// without error.
 func (b *Blob) WriteAt(p []byte, off int64) error {
 	r := ztoc.Range{Start: off, End: off + int64(len(p))}
 	if off < 0 || r.End > b.file.ref.Size || r.End < off {

@@ -89,7 +89,8 @@ func TestManyAtOnce(t *testing.T) {
 	t.Logf("%d bytes in %d requests for %d", o.Sent(), len(o.Requests()), len(data))
 }
 
-// TestClaimOfAStoppedProcess: a claim that does not move holds nobody up for ever, and that of a killed one not at all.
+// TestClaimOfAStoppedProcess: a claim that does not move holds nobody up for ever, and that of a killed one
+// not at all.
 func TestClaimOfAStoppedProcess(t *testing.T) {
 	dir := t.TempDir() + "/s"
 	data := content(1, 4<<20)

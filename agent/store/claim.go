@@ -6,9 +6,10 @@ import (
 	"github.com/muster-hpc/muster/ztoc"
 )
 
-// Claim announces to other processes that this one fetches r. If one of them has announced some of r already, nothing
-// is announced and by is the first such range. Claims are advice and bind nobody. They are locks on ranges
-// of the file, so the kernel ends those of a killed process. All handles in a process are one claimant.
+// Claim announces to other processes that this one fetches r. If one of them has announced some of r
+// already, nothing is announced and by is the first such range. Claims are advice and bind nobody. They are
+// locks on ranges of the file, so the kernel ends those of a killed process. All handles in a process are
+// one claimant.
 func (b *Blob) Claim(r ztoc.Range) (by ztoc.Range, ok bool) {
 	r = b.clip(r)
 	if r.Empty() || !b.enter() {

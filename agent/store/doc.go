@@ -28,6 +28,18 @@
 // smallest holds. The quota may be exceeded by what is being written at one moment, at most
 // 1 MiB for each process.
 //
+// On disk, all in one directory that only its owner may enter:
+//
+//	format              "muster store 1"
+//	host                JSON: boot ID, machine ID and node name of the host that has claimed the store
+//	lock                flock of whoever evicts or collects
+//	usage               one page; at byte 64 the counter of allocated bytes, in the host's byte order
+//	blobs/HEX-SIZE      a blob: its bytes; at the next multiple of 64 KiB a header of 4 KiB (magic "MUSTERB\x01", size,
+//	                    at byte 48 where the next punch starts, at byte 64 the digest) and the words, in the host's byte order
+//	files/KIND/KEY      small files
+//	images/KEY pins/KEY JSON records
+//	tmp/                files being written
+//
 // A store is for one host: words and locks are shared by memory of one kernel. Open refuses file
 // systems that reach further, and a directory that another host has claimed.
 package store

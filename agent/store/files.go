@@ -63,8 +63,8 @@ func (s *Store) filePath(kind Kind, key string) (string, error) {
 }
 
 // Put writes a small file: under a temporary name, then renamed, so that readers find all of it or none. An
-// existing file is replaced; whoever has it open keeps the old one. An error of write is returned as it is, ErrNoSpace when the file
-// does not fit.
+// existing file is replaced; whoever has it open keeps the old one. An error of write is returned as it is,
+// ErrNoSpace when the file does not fit.
 func (s *Store) Put(kind Kind, key string, write func(io.Writer) error) error {
 	path, err := s.filePath(kind, key)
 	if err != nil {

@@ -13,10 +13,10 @@ import (
 
 // A hostID says which kernel, and which host, a process runs on.
 //
-// What processes of a store share is memory and locks of one kernel, and /proc's boot ID names exactly that: it is
-// one for all containers of a host, however their machine-id files look, and differs between hosts that were cloned from
-// one image. But it changes with each boot, so machine ID and node name say whether a claim left by
-// another kernel is this host's own from before.
+// What processes of a store share is memory and locks of one kernel, and /proc's boot ID names exactly
+// that: it is one for all containers of a host, however their machine-id files look, and differs between
+// hosts that were cloned from one image. But it changes with each boot, so machine ID and node name say
+// whether a claim left by another kernel is this host's own from before.
 type hostID struct {
 	Boot    string `json:"boot"`
 	Machine string `json:"machine"`

@@ -68,7 +68,8 @@ func (s *Store) Images() ([]Image, error) {
 	return readRecords(s, imagesDir, func(im Image) string { return im.Key })
 }
 
-// Pin keeps an image's blobs and, if it is recorded under the same key, its small files, until Unpin. It survives restarts.
+// Pin keeps an image's blobs and, if it is recorded under the same key, its small files, until Unpin. It
+// survives restarts.
 func (s *Store) Pin(key string, blobs []ztoc.Digest) error {
 	if err := checkKey(key); err != nil {
 		return err

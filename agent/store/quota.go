@@ -103,8 +103,8 @@ func (s *Store) lowWater() int64 {
 	return s.quota - min(max(s.quota/20, 1<<20), 256<<20, s.quota/2)
 }
 
-// evictSome frees some n bytes of a full disk, as far as blobs and files that nobody has open go: to take from those in
-// use would only move the shortage to their readers.
+// evictSome frees some n bytes of a full disk, as far as blobs and files that nobody has open go: to take
+// from those in use would only move the shortage to their readers.
 func (s *Store) evictSome(n int64) bool {
 	if s.lock.lock() != nil {
 		return false
@@ -197,8 +197,8 @@ func (s *Store) survey() census {
 // lastKinds are small, dear to make again, and so evicted only when nothing else is left.
 func lastKind(k Kind) bool { return k == KindProfile || k == KindRef || k == KindManifest }
 
-// evict brings usage down to target if it can, with idleOnly as far as nobody has the files open. The caller holds the
-// store's lock.
+// evict brings usage down to target if it can, with idleOnly as far as nobody has the files open. The
+// caller holds the store's lock.
 func (s *Store) evict(target int64, idleOnly bool) {
 	c := s.recount()
 	if s.used().Load() <= target {

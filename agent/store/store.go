@@ -246,7 +246,8 @@ func (s *Store) checkFormat() error {
 	return nil
 }
 
-// ownName reports whether a name in the store's directory is one of muster's, or one that a file system makes itself.
+// ownName reports whether a name in the store's directory is one of muster's, or one that a file system
+// makes itself.
 func ownName(n string) bool {
 	switch n {
 	case blobsDir, filesDir, imagesDir, pinsDir, tmpDir, "lock", "host", "usage", "lost+found", "mounts", "state", "run":

@@ -22,9 +22,9 @@ import (
 	"github.com/muster-hpc/muster/ztoc"
 )
 
-// The torture test runs four processes over one store at half the size of what they want from it, kills them at
-// random, and, in its second half, zeroes blocks under present ranges. Each reader does what lazyfs does: it reads a
-// span, hashes it, and on a mismatch drops it and writes it again.
+// The torture test runs four processes over one store at half the size of what they want from it, kills
+// them at random, and, in its second half, zeroes blocks under present ranges. Each reader does what lazyfs
+// does: it reads a span, hashes it, and on a mismatch drops it and writes it again.
 
 const (
 	tortureEnv   = "MUSTER_STORE_TORTURE" // directory of the store, for a process of the torture test
@@ -63,7 +63,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// tortureProcess works until it is killed or its standard input ends. It prints a line for each thing worth counting.
+// tortureProcess works until it is killed or its standard input ends. It prints a line for each thing worth
+// counting.
 func tortureProcess(dir string) error {
 	for i := range tortureBlobs() {
 		tortureRefs[i]()
@@ -233,7 +234,8 @@ func TestTorture(t *testing.T) {
 		}
 	}
 	run(false)
-	// Kills and evictions alone never leave a lie: what is marked was written, and what is punched was unmarked first.
+	// Kills and evictions alone never leave a lie: what is marked was written, and what is punched was
+	// unmarked first.
 	if count["mismatch"] > 0 {
 		t.Errorf("%d reads gave wrong bytes though nobody damaged any", count["mismatch"])
 	}

@@ -20,7 +20,8 @@ type Origin struct {
 	Latency time.Duration
 	// Rate is bytes a second of each body; 0 is without limit.
 	Rate int
-	// Fault may replace a request's answer: an error, or a body that it makes of the right one. N counts requests from 1.
+	// Fault may replace a request's answer: an error, or a body that it makes of the right one. N counts
+	// requests from 1.
 	Fault func(n int, d ztoc.Digest, r ztoc.Range, body []byte) ([]byte, error)
 	// Gate, if not nil, is received from before each Read of a body goes on.
 	Gate chan struct{}
