@@ -170,7 +170,7 @@ func (b *bench) prepare(ctx context.Context, name string) error {
 }
 
 func (b *bench) command(store string, args ...string) *exec.Cmd {
-	return exec.Command(b.muster, append([]string{"--store-dir", store, "--quiet"}, args...)...)
+	return exec.Command(b.muster, append([]string{"--store-dir", store, "--quiet", "--origin-plain-http", b.lab.Host()}, args...)...)
 }
 
 func (b *bench) round(ctx context.Context, link int, im *image) error {
