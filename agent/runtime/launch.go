@@ -118,7 +118,7 @@ func (s *stage) launch(p process) (name string, r running, err error) {
 }
 
 // spawn starts a runtime's program as the plain caller: what the stage may do in its user namespace is
-// not inherited. With a terminal the program gets a session that has it.
+// not inherited. With a terminal the program is in its foreground.
 func (s *stage) spawn(cmd *exec.Cmd) (r running, err error) {
 	if cmd.Env == nil {
 		cmd.Env = os.Environ()
@@ -131,8 +131,13 @@ func (s *stage) spawn(cmd *exec.Cmd) (r running, err error) {
 			return r, err
 		}
 		defer slave.Close()
+		// The stage leads the session, so that it does not end with a runtime that Ctrl-C kills.
+		if err := unix.IoctlSetInt(int(slave.Fd()), unix.TIOCSCTTY, 0); err != nil {
+			r.drop()
+			return r, os.NewSyscallError("setting the terminal", err)
+		}
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
-		cmd.SysProcAttr.Setsid, cmd.SysProcAttr.Setctty = true, true
+		cmd.SysProcAttr.Foreground, cmd.SysProcAttr.Ctty = true, int(slave.Fd())
 	}
 	r.pid, err = s.forkPlain(cmd)
 	r.ends = r.pid

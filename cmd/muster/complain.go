@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/agent/origin"
 )
 
@@ -30,6 +31,9 @@ func (a *app) complain(err error) {
 
 // nextStep is what usually helps against errors of this kind.
 func nextStep(err error) string {
+	if errors.Is(err, image.ErrNotLazy) {
+		return "" // it says so itself
+	}
 	code := exitCode(err)
 	var c *coded
 	if code == exitRunFailed && errors.As(err, &c) {

@@ -49,6 +49,8 @@ type Config struct {
 		// Patience is how long an unreachable registry is asked again before a reader gets an error.
 		// Short: a restart of the registry kills jobs. Long: a job hangs although nobody will repair it.
 		Patience time.Duration `mapstructure:"patience" help:"how long to go on asking a registry that does not answer"`
+		// ResolvePatience is the same for names, logins and indexes, where a person waits who may have mistyped.
+		ResolvePatience time.Duration `mapstructure:"resolve-patience" help:"how long to go on asking for a manifest or a login"`
 		// PlainHTTP lists registries (host or host:port) that are asked without TLS. localhost always is.
 		PlainHTTP []string `mapstructure:"plain-http" help:"registries to ask without TLS"`
 		// CertsDir is containerd's directory of hosts.toml files: mirrors, CA files, client certificates.
@@ -303,8 +305,8 @@ func (c *Config) check() error {
 	if !slices.Contains([]string{"auto", "text", "json"}, c.Log.Format) {
 		return usagef("log.format is %q: it must be auto, text or json", c.Log.Format)
 	}
-	if c.Cores < 0 || c.Origin.Connections < 0 || c.Origin.Patience < 0 {
-		return usagef("cores, origin.connections and origin.patience must not be negative")
+	if c.Cores < 0 || c.Origin.Connections < 0 || c.Origin.Patience < 0 || c.Origin.ResolvePatience < 0 {
+		return usagef("cores, origin.connections and patience must not be negative")
 	}
 	if s := c.Index.SpanSize; s != 0 && (s < 64<<10 || s > 64<<20) {
 		return usagef("index.span-size is %s: it must lie between 64KiB and 64MiB", s)

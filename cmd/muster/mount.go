@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"text/tabwriter"
 	"time"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/lazyfs"
 	"github.com/muster-hpc/muster/lazyfs/mountd"
 )
 
@@ -71,6 +73,11 @@ func (a *app) mount(ctx context.Context, ref, dir string, f imageFlags, selinux 
 		return err
 	} else if r.Layout != "" {
 		ref = r.String()
+	}
+	if real, err := filepath.EvalSymlinks(dir); err == nil {
+		if c, err := lazyfs.Mounted(real); err == nil {
+			return usagef("%s: %s is mounted on %s already; 'muster umount' ends that", ref, strings.TrimPrefix(c.Source, "muster#"), dir)
+		}
 	}
 	request, err := json.Marshal(mountRequest{ref, f.platform, f.requireLazy, selinux, cfg})
 	if err != nil {

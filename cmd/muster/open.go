@@ -37,6 +37,7 @@ func (a *app) client() (*origin.Client, error) {
 		CertsDir:    a.cfg.Origin.CertsDir,
 		PlainHTTP:   a.cfg.Origin.PlainHTTP,
 		MaxWait:     a.cfg.Origin.Patience,
+		ResolveWait: a.cfg.Origin.ResolvePatience,
 		MaxConns:    a.cfg.Origin.Connections,
 	})
 }
