@@ -76,7 +76,7 @@ func Build(w io.Writer, layers []Layer, o Options) (Stats, error) {
 			}
 		}
 	}
-	c := &encoder{m: m, have: make(map[string]uint32), sets: make(map[string]uint32)}
+	c := &encoder{m: m, have: make(map[string]uint32, m.live), sets: make(map[string]uint32)}
 	if err := c.layers(layers); err != nil {
 		return m.stats, err
 	}
