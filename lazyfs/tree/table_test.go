@@ -335,6 +335,13 @@ func TestLimits(t *testing.T) {
 	if _, err := tree.Build(&bytes.Buffer{}, []tree.Layer{{Entries: es}}, tree.Options{MaxInodes: 11}); err != nil {
 		t.Error(err)
 	}
+	var again []tree.Layer // what is gone does not count
+	for range 10 {
+		again = append(again, tree.Layer{Entries: []ztoc.Entry{{Name: "d", Type: ztoc.TypeDir}, {Name: "d", Type: ztoc.TypeDir}, {Name: "d/f"}}}, tree.Layer{Entries: []ztoc.Entry{{Name: ".wh.d"}}})
+	}
+	if _, err := tree.Build(&bytes.Buffer{}, again, tree.Options{MaxInodes: 3}); err != nil {
+		t.Error(err)
+	}
 	if _, err := tree.Build(&bytes.Buffer{}, nil, tree.Options{Meta: make([]byte, 65537)}); err == nil {
 		t.Error("65537 bytes of meta")
 	}

@@ -35,7 +35,7 @@ var (
 	asUser  = tree.Presentation{User: true, UID: uint32(user.uid), GID: uint32(user.gid)}
 )
 
-var stacks = flag.Int("stacks", 40, "number of random images that are compared with umoci, for each presentation")
+var stacks = flag.Int("stacks", 25, "number of random images that are compared with umoci, for each presentation")
 
 // TestRandomStacksAreAsUmociUnpacksThem makes small images in which names collide all the time. Entries that
 // Build refuses are what umoci gives up at, and the rest is what umoci makes of the rest.
