@@ -89,6 +89,7 @@ func TestBlobResumes(t *testing.T) {
 }
 
 func TestBlobRetryAfterIsHonoured(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, registry.Options{})
 	repo := w.open(quick())
 	w.Inject(anyBlob, 1, registry.TooMany(time.Second))
@@ -148,6 +149,7 @@ func TestBlobLies(t *testing.T) {
 
 // F9: the network is away for a while: the read waits, and then is right.
 func TestBlobWaitsForTheNetwork(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, registry.Options{})
 	repo := w.open(quick())
 	w.SetRate(300_000)
@@ -176,6 +178,7 @@ func TestBlobWaitsForTheNetwork(t *testing.T) {
 // A pull-through cache is silent for longer than any timer until it has the blob itself: waited for longer
 // each time, it answers.
 func TestSilentRegistryIsWaitedFor(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, registry.Options{})
 	repo := w.open(quick())
 	w.Inject(anyBlob, 0, registry.Delay(3*quick().Idle))
@@ -250,6 +253,7 @@ func TestIgnoredRangesAreRemembered(t *testing.T) {
 
 // F24: one connection that trickles while the registry is healthy costs a window, not the whole time.
 func TestTrickleIsLeft(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, registry.Options{})
 	repo := w.open(quick())
 	w.Inject(anyBlob, 1, registry.Trickle(1000))
@@ -290,6 +294,7 @@ func TestSlowRegistryManyReaders(t *testing.T) {
 }
 
 func TestSlowAsAWholeIsPutUpWith(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, registry.Options{})
 	repo := w.open(quick())
 	w.SetRate(4000) // half of MinRate
@@ -301,6 +306,7 @@ func TestSlowAsAWholeIsPutUpWith(t *testing.T) {
 
 // A reader that takes its time is not a server that stalls.
 func TestSlowReaderIsNoStall(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, registry.Options{})
 	o := quick()
 	o.Idle = 150 * time.Millisecond

@@ -406,6 +406,7 @@ func TestProxyOfEnvironment(t *testing.T) {
 
 // A slip of the pen in a host's name is told soon, with a hint.
 func TestUnknownHost(t *testing.T) {
+	t.Parallel()
 	o := quick()
 	o.ResolveWait = time.Minute
 	begun := time.Now()

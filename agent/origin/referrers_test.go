@@ -106,6 +106,7 @@ func pushArtifact(t testing.TB, repo Repository, img Image, i int) ztoc.Digest {
 
 // What is pushed beside an image is found again, on every kind of origin.
 func TestReferrersThereAndBack(t *testing.T) {
+	t.Parallel()
 	debian, err := registry.StartDebian(t.TempDir())
 	if err != nil {
 		t.Fatal(err)

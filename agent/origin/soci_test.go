@@ -37,6 +37,7 @@ func pushSOCI(t *testing.T, repo Repository, img Image, version int, tool string
 
 // With several indexes all hosts choose the same: the one that covers most.
 func TestIndexThatRefersToTheImage(t *testing.T) {
+	t.Parallel()
 	for _, api := range []bool{false, true} {
 		w := newWorld(t, registry.Options{Referrers: api})
 		ctx := context.Background()

@@ -281,7 +281,7 @@ type bucket struct {
 }
 
 // burst is how much time may be saved up while nobody asks.
-const burst = 20 * time.Millisecond
+const burst = 50 * time.Millisecond
 
 func (b *bucket) set(rate int64) {
 	b.mu.Lock()
