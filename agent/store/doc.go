@@ -11,7 +11,8 @@
 //     evicted in between are neither marked by one nor believed by the other.
 //  3. Presence is a hint and the digest is the truth: nothing is ever synced to disk, and whoever
 //     reads hashes. Power loss, torn writes, bit rot and wrong bytes from the network are one
-//     case: the reader calls Drop and fetches again.
+//     case: the reader calls Drop and fetches again. Small files, which nobody hashes, carry a checksum
+//     that is looked at once in each boot.
 //  4. All processes add what they are about to write to one shared counter. Whoever takes it over the
 //     quota holds the store's lock, counts the blocks that are really allocated, and evicts: first
 //     whole blobs and files that nobody has open, least recently used first, by unlinking; then
@@ -36,7 +37,7 @@
 //	usage               one page; at byte 64 the counter of allocated bytes, in the host's byte order
 //	blobs/HEX-SIZE      a blob: its bytes; at the next multiple of 64 KiB a header of 4 KiB (magic "MUSTERB\x01", size,
 //	                    at byte 48 where the next punch starts, at byte 64 the digest) and the words, in the host's byte order
-//	files/KIND/KEY      small files
+//	files/KIND/KEY      small files, each with a seal (seal.go)
 //	images/KEY pins/KEY JSON records
 //	tmp/                files being written
 //

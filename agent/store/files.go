@@ -3,7 +3,9 @@ package store
 import (
 	"errors"
 	"fmt"
+	"hash"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 	"time"
@@ -82,7 +84,7 @@ func (s *Store) putFile(path string, write func(io.Writer) error) error {
 		return s.spaceError(err)
 	}
 	defer t.discard()
-	w := &chargedWriter{s: s, f: t.f}
+	w := &chargedWriter{s: s, f: t.f, sum: newSum()}
 	if err := write(w); err != nil {
 		s.used().Add(-w.charged)
 		if w.err != nil {
@@ -94,6 +96,7 @@ func (s *Store) putFile(path string, write func(io.Writer) error) error {
 		s.used().Add(-w.charged)
 		return w.err
 	}
+	setSeal(t.f, seal(s.boot, w.written, w.sum.Sum32()))
 	var st, old unix.Stat_t
 	unix.Fstat(int(t.f.Fd()), &st) //nolint:errcheck // an open file
 	if unix.Lstat(path, &old) != nil {
@@ -111,6 +114,7 @@ func (s *Store) putFile(path string, write func(io.Writer) error) error {
 type chargedWriter struct {
 	s       *Store
 	f       *os.File
+	sum     hash.Hash32
 	charged int64
 	written int64
 	err     error
@@ -133,6 +137,7 @@ func (w *chargedWriter) Write(p []byte) (n int, err error) {
 			more, err = w.f.Write(part[k:])
 			k += more
 		}
+		w.sum.Write(part[:k])
 		n += k
 		w.written += int64(k)
 		if err != nil {
@@ -142,7 +147,7 @@ func (w *chargedWriter) Write(p []byte) (n int, err error) {
 	return n, w.err
 }
 
-// Get opens a small file for reading; fs.ErrNotExist if there is none. It is evicted last while the file is open. A
+// Get opens a small file for reading; fs.ErrNotExist if there is none, or one that a crash has damaged. It is evicted last while the file is open. A
 // mapping of it stays good for ever, whatever is evicted.
 func (s *Store) Get(kind Kind, key string) (*os.File, error) {
 	path, err := s.filePath(kind, key)
@@ -154,6 +159,15 @@ func (s *Store) Get(kind Kind, key string) (*os.File, error) {
 		return nil, err
 	}
 	tryFlock(f, unix.LOCK_SH) //nolint:errcheck // an evictor has it: then we have the last of it
+	if err := s.checkSeal(f); err != nil {
+		f.Close()
+		if errors.Is(err, errTorn) {
+			s.log.Warn("muster: a damaged file is removed", "path", path, "cause", err)
+			s.unlinkIdle(item{path: path})
+			err = &fs.PathError{Op: "open", Path: path, Err: fs.ErrNotExist}
+		}
+		return nil, err
+	}
 	if st, err := f.Stat(); err == nil && time.Since(st.ModTime()) > time.Second {
 		setTimes(f, time.Now().UnixNano())
 	}

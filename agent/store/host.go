@@ -57,6 +57,7 @@ func (s *Store) claim(me *hostID) error {
 		}
 		me = &id
 	}
+	s.boot = me.Boot
 	// One process at a time looks and writes.
 	if err := s.lock.lock(); err != nil {
 		return err

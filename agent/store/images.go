@@ -323,8 +323,11 @@ type Usage struct {
 	Used  int64 `json:"used"` // allocated blocks of everything
 	Quota int64 `json:"quota"`
 	Free  int64 `json:"free"` // of the file system below
-	Blobs int   `json:"blobs"`
-	Files int   `json:"files"`
+	// Type is the file system below; with Memory what is stored takes the host's memory.
+	Type   string `json:"type"`
+	Memory bool   `json:"memory"`
+	Blobs  int    `json:"blobs"`
+	Files  int    `json:"files"`
 	// Loose is bytes of blobs and files that no recorded image refers to.
 	Loose int64 `json:"loose"`
 }
@@ -332,7 +335,7 @@ type Usage struct {
 // Usage counts the store.
 func (s *Store) Usage() (Usage, error) {
 	c := s.survey()
-	u := Usage{Used: c.total, Quota: s.quota}
+	u := Usage{Used: c.total, Quota: s.quota, Type: s.fs.Type, Memory: s.fs.Memory}
 	keep := s.referred()
 	for _, it := range c.items {
 		if it.kind == "" {

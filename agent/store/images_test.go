@@ -85,6 +85,44 @@ func TestFiles(t *testing.T) {
 	checkUsed(t, s)
 }
 
+// TestSeal: a small file that a crash has torn is as good as none.
+func TestSeal(t *testing.T) {
+	dir := t.TempDir() + "/s"
+	s := openStore(t, dir, Options{host: &hostID{Boot: "before", Machine: "m", Node: "n"}})
+	data := content(1, 300_000)
+	for _, key := range []string{"good", "short", "zeros", "empty"} {
+		put(t, s, KindTable, key, data)
+	}
+	put(t, s, KindTable, "nothing", nil)
+	path := func(key string) string { return s.path(filesDir, "table", key) }
+	f, err := os.OpenFile(path("zeros"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	f.WriteAt(make([]byte, 4096), 8192)
+	os.Truncate(path("short"), 200_000)
+	os.Truncate(path("empty"), 0)
+	s.Close()
+
+	s = openStore(t, dir, Options{host: &hostID{Boot: "after", Machine: "m", Node: "n"}})
+	for range 2 {
+		for key, want := range map[string]bool{"good": true, "nothing": true, "short": false, "zeros": false, "empty": false} {
+			if has(s, KindTable, key) != want {
+				t.Errorf("%s: %v", key, !want)
+			}
+		}
+	}
+	if names, _ := os.ReadDir(s.path(filesDir, "table")); len(names) != 2 {
+		t.Errorf("%d files are left", len(names))
+	}
+	// Known to be good in this boot, it is not read again.
+	var b [64]byte
+	if n, err := unix.Getxattr(path("good"), sealAttr, b[:]); err != nil || n != sealLen || !bytes.HasPrefix(b[:], seal("after", 300_000, 0)[:25]) {
+		t.Errorf("seal of %d bytes, %v", n, err)
+	}
+}
+
 // TestTempOfTheDead: temporary files of killed processes are swept, those of living ones are not.
 func TestTempOfTheDead(t *testing.T) {
 	s := openStore(t, t.TempDir()+"/s", Options{})

@@ -59,6 +59,7 @@ type Store struct {
 	fs    FS
 	log   *slog.Logger
 
+	boot  string   // ID of this kernel's boot
 	lock  *dirLock // one evictor or collector at a time, over all processes
 	host  *os.File // shared flock held while open
 	usage []byte   // mapping of the shared counter; until closed and without handles
