@@ -31,13 +31,19 @@ func (s *Server) interrupt(w *scratch, unique, target uint64) {
 		s.giveUp(w, m)
 		return
 	}
-	go s.watch(m)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed {
+		s.working.Add(1)
+		go s.watch(m)
+	}
 }
 
 const watchEvery = 50 * time.Millisecond
 
 // watch gives m up when its reader is being killed. It ends with m or with Serve.
 func (s *Server) watch(m *miss) {
+	defer s.working.Done()
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	for {

@@ -271,7 +271,8 @@ func (c Connection) SetReadahead(bytes int) error {
 	return os.WriteFile(fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", c.Major, c.Minor), []byte(strconv.Itoa(bytes>>10)), 0)
 }
 
-// Abort ends c at once: whoever waits for it gets an error, and so does whoever uses it later.
-func (c Connection) Abort() error {
-	return os.WriteFile(fmt.Sprintf("/sys/fs/fuse/connections/%d/abort", c.Minor), []byte("1"), 0)
+// Abort ends the connection of the mount on dir at once: whoever waits for it gets an error, and so does whoever uses
+// it later. It is detached as well.
+func Abort(dir string) error {
+	return wrapPath("umount", dir, unix.Unmount(dir, unix.MNT_FORCE|unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW))
 }

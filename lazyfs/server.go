@@ -228,7 +228,15 @@ func (s *Server) Serve(ctx context.Context, dev *os.File) error {
 	for range s.cfg.Loops {
 		go func() { ends <- s.loop() }()
 	}
-	defer func() { cancel(); <-kept; s.drain() }()
+	ended := false // all loops
+	defer func() {
+		cancel()
+		<-kept
+		s.drain()
+		if ended {
+			s.slots.unmap()
+		}
+	}()
 	for range s.cfg.Loops {
 		select {
 		case err := <-ends:
@@ -239,6 +247,7 @@ func (s *Server) Serve(ctx context.Context, dev *os.File) error {
 			return context.Cause(ctx)
 		}
 	}
+	ended = true
 	return nil
 }
 

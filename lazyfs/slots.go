@@ -16,8 +16,9 @@ import (
 // been answered is in it. A server that died between answering and clearing leads to a second answer,
 // which the kernel refuses (ENOENT) because uniques are never used twice.
 type Slots struct {
-	mem  []byte
-	size int
+	mem     []byte
+	size    int
+	private bool
 
 	mu   sync.Mutex
 	free []uint32 // last in, first out, so that few pages are ever touched
@@ -51,7 +52,19 @@ func newPrivateSlots() (*Slots, error) {
 	if err != nil {
 		return nil, fmt.Errorf("memory for requests: %w", err)
 	}
-	return NewSharedSlots(mem)
+	s, err := NewSharedSlots(mem)
+	if err == nil {
+		s.private = true
+	}
+	return s, err
+}
+
+// unmap ends private slots, which nobody may use any more.
+func (s *Slots) unmap() {
+	if s.private {
+		_ = unix.Munmap(s.mem)
+		s.mem = nil
+	}
 }
 
 // A slot holds one request. Index noSlot marks one in private memory.
