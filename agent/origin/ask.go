@@ -216,7 +216,7 @@ func (r *remote) exhausted(c *call, last *refusal, p *patience, wait time.Durati
 	}
 	e := *last.err
 	waited := time.Since(p.since).Round(100 * time.Millisecond)
-	if e.Err == ErrTooMany && wait > 0 {
+	if last.after > 0 && wait > 0 {
 		e.Message = strings.TrimPrefix(fmt.Sprintf("%s, wants to be left alone for %s", e.Message, wait.Round(time.Second)), ", ")
 	} else {
 		e.Message = fmt.Sprintf("%s (tried %d times in %s)", e.Message, p.tries, waited)
@@ -235,8 +235,10 @@ func (r *remote) scope(c *call) string {
 	return s
 }
 
-// maxHops bounds redirects of one request.
-const maxHops = 6
+const (
+	maxHops    = 6 // redirects of one request
+	maxExpired = 8 // signed URLs of one request that are refused one after the other
+)
 
 // ask asks one endpoint: sends, follows redirects without taking credentials along, renews tokens and
 // signed URLs that have expired. The error is a *refusal or the end of ctx.
@@ -262,8 +264,10 @@ func (r *remote) ask(ctx context.Context, e *endpoint, c *call) (*answer, error)
 		}
 		a, err := r.send(ctx, e, c, u, same, header)
 		if err != nil {
+			e.dropSigned(c.digest, signed) // the registry may know another host
 			return nil, err
 		}
+		a.signed = signed
 		status := a.StatusCode
 		switch {
 		case c.answers(status):
@@ -292,21 +296,21 @@ func (r *remote) ask(ctx context.Context, e *endpoint, c *call) (*answer, error)
 		case !same && !later(status) && status != http.StatusRequestedRangeNotSatisfiable:
 			// A signed URL that has expired, or storage that does not have it yet: the registry knows.
 			e.dropSigned(c.digest, signed)
-			if expired++; expired > 3 {
+			if expired++; expired > maxExpired {
 				return nil, a.refuse(r, c, elsewhere, ErrNotFound, "the storage that "+e.host+" redirects to refuses", "tell the registry's administrator")
 			}
 			a.drop(nil)
 			if expired > 1 {
-				if err := sleep(ctx, jitter(expired)); err != nil {
+				if err := sleep(ctx, jitter(expired-2)); err != nil {
 					return nil, err
 				}
 			}
 			u, signed, hops = own, nil, 0
 		case same && (status == http.StatusUnauthorized || status == http.StatusForbidden):
 			f := a.refuse(r, c, elsewhere, ErrUnauthorized, "", r.loginHint(e))
-			limit := 1
+			limit := 2
 			if auth.everWorked() {
-				limit = 6 // it held before, so this is expiry, and a fast rotation can win a race or two
+				limit = 6 // it held before, so this is expiry, and a fast rotation can win a race
 			}
 			if renewals++; renewals > limit {
 				return nil, f
@@ -320,6 +324,7 @@ func (r *remote) ask(ctx context.Context, e *endpoint, c *call) (*answer, error)
 				return nil, r.renewFailed(e, c, f, err)
 			}
 		default:
+			e.dropSigned(c.digest, signed)
 			f := r.status(e, c, a)
 			if e.switchScheme(f.err) {
 				return r.ask(ctx, e, c)

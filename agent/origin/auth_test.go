@@ -42,7 +42,7 @@ func TestTokenIsRenewedOnceForAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	o := quick()
-	o.MaxConns = 32
+	o.MaxConns, o.Idle = 32, 10*time.Second // a token fetched in vain because it came late counts
 	repo := w.open(o)
 	for round := 1; round <= 3; round++ {
 		var wg sync.WaitGroup
@@ -70,6 +70,7 @@ func TestNothingExpiresForTheReader(t *testing.T) {
 				t.Fatal(err)
 			}
 			o := quick()
+			o.Idle = 10 * time.Second
 			o.Credentials = Static(w.Addr, Credential{Username: "u", Password: "hunter2"})
 			repo := w.open(o)
 			var wg sync.WaitGroup
@@ -110,6 +111,12 @@ func TestSignedURLIsKept(t *testing.T) {
 	wantRange(t, repo, middle)
 	if n := w.Count(anyBlob); n != 2 {
 		t.Errorf("the registry was asked %d times for two signed URLs", n)
+	}
+	// A storage that has gone away: the registry may know another.
+	w.Inject(registry.Match{Kind: registry.Storage}, 1, registry.Answer(503, ""))
+	wantRange(t, repo, middle)
+	if n := w.Count(anyBlob); n != 3 {
+		t.Errorf("the registry was asked %d times for three signed URLs", n)
 	}
 	// A storage that refuses for good is an error, which does not show the signature.
 	w.Inject(registry.Match{Kind: registry.Storage}, 0, registry.Answer(403, `<Error><Code>AccessDenied</Code><Message>no</Message><StringToSign>hunter2</StringToSign></Error>`))

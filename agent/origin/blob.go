@@ -128,8 +128,9 @@ func (b *body) broke(err error) {
 		err = io.ErrUnexpectedEOF
 	}
 	b.r.c.n.resumed.Add(1)
-	e, t0 := b.a.e, b.a.t0
+	e, t0, signed := b.a.e, b.a.t0, b.a.signed
 	b.finish(bare(err))
+	e.dropSigned(b.d, signed)
 	e.failed(t0)
 	b.p.tries++
 }

@@ -3,10 +3,12 @@ package origin
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -136,6 +138,7 @@ func loopback(hostport string) bool {
 	return host == "localhost" || strings.HasSuffix(host, ".localhost") || ip != nil && ip.IsLoopback()
 }
 
+// endpoint makes one. The caller holds Client.mu.
 func (c *Client) endpoint(registry string, h hostConfig, mirror bool) (*endpoint, error) {
 	e := &endpoint{
 		host: h.base.Host, mirror: mirror, cfg: h, idle: c.o.Idle,
@@ -157,8 +160,20 @@ func (c *Client) endpoint(registry string, h hostConfig, mirror bool) (*endpoint
 	return e, err
 }
 
-// httpClient makes a client that follows no redirects: ask does, and knows what must not follow.
+// httpClient is the client for hosts configured as h. Endpoints with the same certificates share one, so
+// that the limit on connections is one per host, not one per registry that the host mirrors. It follows no
+// redirects: ask does, and knows what must not follow. The caller holds Client.mu.
 func (c *Client) httpClient(h hostConfig, dial time.Duration) (*http.Client, error) {
+	key := fmt.Sprint(h.skipVerify, dial)
+	for _, f := range slices.Concat(h.ca, slices.Concat(pairs(h.clients)...)) {
+		key += " " + f
+		if st, err := os.Stat(f); err == nil {
+			key += fmt.Sprint(st.ModTime().UnixNano())
+		}
+	}
+	if client := c.clients[key]; client != nil {
+		return client, nil
+	}
 	t, err := h.tlsConfig()
 	if err != nil {
 		return nil, err
@@ -166,7 +181,7 @@ func (c *Client) httpClient(h hostConfig, dial time.Duration) (*http.Client, err
 	var p http.Protocols
 	p.SetHTTP1(true) // HTTP/2 would put all requests on one connection: one stall stalls all
 	d := &net.Dialer{Timeout: dial, KeepAlive: 15 * time.Second}
-	return &http.Client{
+	client := &http.Client{
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		Transport: &http.Transport{
 			Proxy:                  c.o.Proxy,
@@ -181,7 +196,17 @@ func (c *Client) httpClient(h hostConfig, dial time.Duration) (*http.Client, err
 			MaxResponseHeaderBytes: 64 << 10,
 			Protocols:              &p,
 		},
-	}, nil
+	}
+	c.clients[key] = client
+	return client, nil
+}
+
+func pairs(list [][2]string) [][]string {
+	out := make([][]string, len(list))
+	for i := range list {
+		out[i] = list[i][:]
+	}
+	return out
 }
 
 // baseURL is the API's root as it is spoken to now.
@@ -292,6 +317,9 @@ func (e *endpoint) keepSigned(d ztoc.Digest, u *url.URL, until time.Time) {
 
 // dropSigned forgets u, not a newer one that another request has brought meanwhile.
 func (e *endpoint) dropSigned(d ztoc.Digest, u *url.URL) {
+	if u == nil {
+		return
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.signed[d].u == u {

@@ -106,7 +106,7 @@ func newWorld(t testing.TB, o registry.Options) *world {
 	if _, err := registry.PushAll(context.Background(), w.repo, newLayout(t)); err != nil {
 		t.Fatal(err)
 	}
-	for begun := time.Now(); p.Conns() > 0 && time.Since(begun) < time.Second; {
+	for begun := time.Now(); p.Conns() > 0 && time.Since(begun) < 10*time.Second; {
 		time.Sleep(time.Millisecond) // for the pushing side to be gone
 	}
 	p.ResetLog()

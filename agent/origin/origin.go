@@ -162,7 +162,8 @@ type Client struct {
 	fallbackPause time.Duration // between writing a fallback tag and looking whether it survived
 
 	mu        sync.Mutex
-	upstreams map[string]*upstream // by registry
+	upstreams map[string]*upstream    // by registry
+	clients   map[string]*http.Client // by what httpClient makes them from
 
 	n struct {
 		requests, bytes, blobs, blobBytes, skipped, failures, resumed, throttled, tokens atomic.Int64
@@ -175,7 +176,7 @@ func New(o Options) (*Client, error) {
 	if o.MaxConns < 1 || o.MaxWait < 0 || o.ResolveWait < 0 || o.Idle < 0 || o.MinRate < 0 {
 		return nil, &Error{Message: "negative limits", Err: ErrUsage}
 	}
-	return &Client{o: o, certs: &certsDir{dir: o.CertsDir}, upstreams: map[string]*upstream{}, fallbackPause: 200 * time.Millisecond}, nil
+	return &Client{o: o, certs: &certsDir{dir: o.CertsDir}, upstreams: map[string]*upstream{}, clients: map[string]*http.Client{}, fallbackPause: 200 * time.Millisecond}, nil
 }
 
 // Repository opens the repository of ref. Only the configuration of its host is read: nothing is asked.
@@ -197,11 +198,8 @@ func (c *Client) Repository(ref Reference) (Repository, error) {
 func (c *Client) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, u := range c.upstreams {
-		for _, e := range u.endpoints {
-			e.own.CloseIdleConnections()
-			e.other.CloseIdleConnections()
-		}
+	for _, client := range c.clients {
+		client.CloseIdleConnections()
 	}
 	return nil
 }

@@ -19,10 +19,11 @@ import (
 // An answer is a response with a status the call accepts; the caller closes it.
 type answer struct {
 	*http.Response
-	e    *endpoint
-	rec  Request
-	stop context.CancelCauseFunc
-	t0   time.Time
+	e      *endpoint
+	signed *url.URL // the kept redirect that led here; nil if none did
+	rec    Request
+	stop   context.CancelCauseFunc
+	t0     time.Time
 }
 
 // send sends one request. On success the caller owns the answer's body.
