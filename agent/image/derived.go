@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/muster-hpc/muster/agent/fetch"
 	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/agent/store"
 	"github.com/muster-hpc/muster/ztoc"
@@ -54,6 +55,13 @@ func (d *derivedOrigin) Blob(ctx context.Context, blob ztoc.Digest, r ztoc.Range
 		pw.CloseWithError(err) // ends the reader; nil is io.EOF
 	}()
 	return pr, nil
+}
+
+// Reject tells the repository that a range it gave was wrong, where it can go elsewhere.
+func (d *derivedOrigin) Reject(blob ztoc.Digest, r ztoc.Range, cause error) {
+	if repo, ok := d.o.Repo.(fetch.Rejecter); ok {
+		repo.Reject(blob, r, cause)
+	}
 }
 
 // errEnough ends a re-framing whose rest nobody needs.

@@ -119,7 +119,15 @@ func Open(ctx context.Context, opts Options) (_ *Image, err error) {
 		return nil, err
 	}
 	o.Progress.phase("table")
-	if err := im.openTable(views); err != nil {
+	err = im.openTable(views)
+	if errors.Is(err, tree.ErrEntries) || errors.Is(err, ztoc.ErrInvalid) {
+		// A table somebody else made has entries that cannot be true. Ours will not.
+		o.Log.Warn("indexes that were found are not used", "image", o.img.Ref, "cause", err)
+		if err = o.pullAgain(ctx, views, err); err == nil {
+			err = im.openTable(views)
+		}
+	}
+	if err != nil {
 		return nil, fmt.Errorf("image %s: %w", o.img.Ref, err)
 	}
 	im.startKey = startKey(o.img, views)

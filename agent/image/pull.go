@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/agent/store"
 	"github.com/muster-hpc/muster/ztoc"
 )
 
@@ -50,6 +51,21 @@ func (o *opener) pullMissing(ctx context.Context, views []*view) error {
 		}
 	}
 	return nil
+}
+
+// pullAgain gives up on the tables that others made and pulls their layers.
+func (o *opener) pullAgain(ctx context.Context, views []*view, cause error) error {
+	for _, v := range views {
+		if !v.report.Mode.Lazy() {
+			continue
+		}
+		if err := o.Store.Delete(store.KindZtoc, v.report.Digest.Hex()); err != nil {
+			return err
+		}
+		v.ztoc, v.report.Mode = nil, ""
+		v.report.Reason = joinReason(v.report.Reason, cause.Error())
+	}
+	return o.pullMissing(ctx, views)
 }
 
 // pull streams one layer through the builder. A layer that has no restart points is read a second
