@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/muster-hpc/muster/lazyfs"
 	"github.com/muster-hpc/muster/lazyfs/tree"
 	"github.com/muster-hpc/muster/ztoc"
@@ -263,7 +265,29 @@ func mount(t testing.TB, img *image, compat lazyfs.Compat, with func(*lazyfs.Con
 	if _, err := os.Stat(m.dir); err != nil {
 		t.Fatal(err)
 	}
+	m.ready(t, img)
 	return m
+}
+
+// ready makes the mount safe to be read from the process that serves it. The first os.Open of a file has the kernel ask
+// whether it can be polled, in a system call during which the runtime cannot stop the world; a collection that begins just
+// then would wait for it, and our answer for the collection. The kernel asks once, so it is asked here in another way.
+func (m *mounted) ready(t testing.TB, img *image) {
+	t.Helper()
+	for row := range tree.Row(img.table.Len()) {
+		if !img.table.IsReg(row) {
+			continue
+		}
+		fd, err := unix.Open(m.path(string(img.table.AppendPath(nil, row))), unix.O_RDONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
 }
 
 func (m *mounted) unmount(t testing.TB) {
