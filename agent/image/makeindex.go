@@ -17,6 +17,10 @@ import (
 type IndexOptions struct {
 	// MinLayer leaves out layers smaller than this many bytes; they are fetched whole anyway. 0: 4 MiB.
 	MinLayer int64
+	// SOCISpan is the span size of the tables in SOCI's form, bytes. Each span carries 32 KiB of window there and all of a
+	// table is fetched before a mount, so small spans that are right for packed tables (a fiftieth of that)
+	// are wrong for SOCI. 0: 4 MiB, SOCI's own default.
+	SOCISpan int64
 	// PlainSOCI leaves out what only muster reads (packed tables, profile).
 	PlainSOCI bool
 }
@@ -55,10 +59,17 @@ type ociManifest struct {
 // emptyConfig is the config blob of every index; its identity is its media type.
 const emptyConfig = "{}"
 
-// MakeIndex makes an index from the views the image was opened with.
-func (im *Image) MakeIndex(o IndexOptions) (*Index, error) {
+// sociSpan is the span size SOCI's own tool uses.
+const sociSpan = 4 << 20
+
+// MakeIndex makes an index of the image. Packed tables are those it was opened with; for SOCI's, layers are read
+// once more.
+func (im *Image) MakeIndex(ctx context.Context, o IndexOptions) (*Index, error) {
 	if o.MinLayer <= 0 {
 		o.MinLayer = wholeBelow
+	}
+	if o.SOCISpan <= 0 {
+		o.SOCISpan = sociSpan
 	}
 	x := &Index{Subject: im.Resolved.Digest, blobs: map[ztoc.Digest][]byte{}}
 	m := ociManifest{
@@ -83,12 +94,29 @@ func (im *Image) MakeIndex(o IndexOptions) (*Index, error) {
 		case z.Format == ztoc.FormatEStargz || z.Format == ztoc.FormatZstdChunked:
 			il.Reason = z.Format.String() + " brings its own table"
 		default:
-			d, p, err := x.tables(l, z, o.PlainSOCI, &il)
+			soci, err := im.forSOCI(ctx, l, z, o.SOCISpan)
+			switch {
+			case errors.Is(err, ztoc.ErrUnsupported):
+				il.Reason = fmt.Sprintf("not for SOCI: %v", err)
+			case err != nil:
+				return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
+			default:
+				il.SOCI = int64(len(soci))
+				m.Layers = append(m.Layers, x.blob(sociZtoc, soci, map[string]string{
+					sociLayerDigest: string(l.Digest),
+					sociLayerType:   l.MediaType,
+					sociSpanSize:    strconv.FormatInt(o.SOCISpan, 10),
+				}))
+			}
+			if o.PlainSOCI {
+				break
+			}
+			b, err := ztoc.Pack(z)
 			if err != nil {
 				return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
 			}
-			m.Layers = append(m.Layers, d...)
-			packed = append(packed, p...)
+			il.Packed = int64(len(b))
+			packed = append(packed, x.blob(packedZtoc, b, map[string]string{packedLayer: string(l.Digest)}))
 		}
 		x.Layers = append(x.Layers, il)
 	}
@@ -113,31 +141,21 @@ func (im *Image) MakeIndex(o IndexOptions) (*Index, error) {
 // ErrNoIndexNeeded says that an index of the image would be empty.
 var ErrNoIndexNeeded = errors.New("nothing to index")
 
-// tables adds the tables of one layer in both forms.
-func (x *Index) tables(l origin.Descriptor, z *ztoc.Ztoc, plain bool, il *IndexLayer) (soci, packed []descriptor, err error) {
-	b, err := ztoc.EncodeSOCI(z)
-	switch {
-	case errors.Is(err, ztoc.ErrUnsupported):
-		il.Reason = fmt.Sprintf("not for SOCI: %v", err)
-	case err != nil:
-		return nil, nil, err
-	default:
-		il.SOCI = int64(len(b))
-		soci = append(soci, x.blob(sociZtoc, b, map[string]string{
-			sociLayerDigest: string(l.Digest),
-			sociLayerType:   l.MediaType,
-			sociSpanSize:    strconv.FormatInt(z.SpanSize, 10),
-		}))
+// forSOCI is the table of a layer in SOCI's form. ErrUnsupported: that form cannot say what the layer is.
+func (im *Image) forSOCI(ctx context.Context, l origin.Descriptor, z *ztoc.Ztoc, span int64) ([]byte, error) {
+	if z.SpanSize == span || z.Format != ztoc.FormatGzip {
+		return ztoc.EncodeSOCI(z)
 	}
-	if plain {
-		return soci, nil, nil
+	opts := im.o.buildOptions(l)
+	opts.SpanSize = span
+	z, err := im.o.streamed(ctx, l, func(r io.Reader) (*ztoc.Ztoc, error) {
+		z, _, err := ztoc.Build(r, opts)
+		return z, err
+	})
+	if err != nil {
+		return nil, err
 	}
-	if b, err = ztoc.Pack(z); err != nil {
-		return nil, nil, err
-	}
-	il.Packed = int64(len(b))
-	packed = append(packed, x.blob(packedZtoc, b, map[string]string{packedLayer: string(l.Digest)}))
-	return soci, packed, nil
+	return ztoc.EncodeSOCI(z)
 }
 
 func (x *Index) blob(mediaType string, b []byte, annotations map[string]string) descriptor {

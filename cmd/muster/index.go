@@ -32,7 +32,7 @@ type madeIndex struct {
 
 func (a *app) indexMake(push bool) *cobra.Command {
 	var f imageFlags
-	var minLayer Size
+	var minLayer, sociSpan Size
 	var plain bool
 	c := &cobra.Command{
 		Use:   "create IMAGE",
@@ -44,7 +44,7 @@ func (a *app) indexMake(push bool) *cobra.Command {
 				return err
 			}
 			defer img.Close()
-			x, err := img.MakeIndex(image.IndexOptions{MinLayer: int64(minLayer), PlainSOCI: plain})
+			x, err := img.MakeIndex(cmd.Context(), image.IndexOptions{MinLayer: int64(minLayer), SOCISpan: int64(sociSpan), PlainSOCI: plain})
 			if err != nil {
 				return err
 			}
@@ -66,6 +66,7 @@ func (a *app) indexMake(push bool) *cobra.Command {
 	}
 	c.Flags().StringVar(&f.platform, "platform", "", "platform of the image, such as linux/arm64; default this machine's")
 	c.Flags().Var(&minLayer, "min-layer", "leave out layers smaller than this; 0: 4MiB")
+	c.Flags().Var(&sociSpan, "soci-span-size", "span size of the tables for SOCI; 0: 4MiB")
 	c.Flags().BoolVar(&plain, "plain-soci", false, "leave out what only muster reads: packed tables, start-up profile")
 	a.jsonFlag(c)
 	return c
