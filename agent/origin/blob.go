@@ -175,10 +175,11 @@ func (b *body) open() error {
 			}
 			return nil
 		}
-		b.no[a.e] = a.refuse(b.r, c, elsewhere, ErrProtocol, err.Error(), "tell the administrator of "+a.rec.Host)
+		sentinel := ErrProtocol
 		if errors.Is(err, ErrDigest) {
-			b.no[a.e].err.Err = ErrDigest
+			sentinel = ErrDigest
 		}
+		b.no[a.e] = a.refuse(b.r, c, elsewhere, sentinel, strings.TrimPrefix(err.Error(), ErrDigest.Error()+": "), "tell the administrator of "+a.rec.Host)
 		a.e.failed(a.t0)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -100,14 +101,14 @@ func (c *Client) upstream(registry string) (*upstream, error) {
 		// A host that is the registry itself carries the registry's settings; it is no mirror.
 		e, err := c.endpoint(registry, h, h.base.Host != server.base.Host)
 		if err != nil {
-			return nil, certsError(registry, h.base.Host, err)
+			return nil, certsError(registry, filepath.Join(c.o.CertsDir, registry), err)
 		}
 		u.endpoints = append(u.endpoints, e)
 	}
 	if !slices.ContainsFunc(f.hosts, func(h hostConfig) bool { return h.base == server.base && h.pull && h.resolve && h.push }) {
 		e, err := c.endpoint(registry, server, false)
 		if err != nil {
-			return nil, certsError(registry, server.base.Host, err)
+			return nil, certsError(registry, filepath.Join(c.o.CertsDir, registry), err)
 		}
 		u.endpoints = append(u.endpoints, e)
 	}

@@ -1,6 +1,7 @@
 package origin
 
 import (
+	"cmp"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
@@ -56,10 +57,18 @@ func (e *Error) Error() string {
 	if e.Message != "" {
 		b.WriteString(": " + e.Message)
 	}
-	if e.Next != "" {
-		b.WriteString("; " + e.Next)
+	if next := cmp.Or(e.Next, usualNext[e.Err]); next != "" {
+		b.WriteString("; " + next)
 	}
 	return b.String()
+}
+
+// usualNext is what to try where nothing better is known.
+var usualNext = map[error]string{
+	ErrUnreachable: "try again later",
+	ErrTooMany:     "try again later",
+	ErrDigest:      "try again; if it stays, the registry, a mirror or a proxy gives damaged data",
+	ErrProtocol:    "check that this is a registry, and what proxies are in between",
 }
 
 // Unwrap gives the sentinel and the cause.

@@ -185,6 +185,7 @@ func wantError(t testing.TB, err, sentinel error, words ...string) {
 	if !errors.Is(err, sentinel) {
 		t.Fatalf("error %v, want %v", err, sentinel)
 	}
+	t.Log(err) // go test -v: how all of them read
 	for _, w := range words {
 		if !strings.Contains(err.Error(), w) {
 			t.Errorf("error %q does not tell %q", err, w)

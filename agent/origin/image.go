@@ -359,12 +359,12 @@ func (m manifest) choose(want platform) (Descriptor, error) {
 func platformError(want platform, have []string) error {
 	slices.Sort(have)
 	have = slices.Compact(have)
-	list := strings.Join(have, ", ")
-	if list == "" {
-		list = "none that it names"
+	message := fmt.Sprintf("it does not exist for %s, only for %s", want, clean(strings.Join(have, ", ")))
+	if len(have) == 0 {
+		message = fmt.Sprintf("it does not exist for %s, and does not say for what it does", want)
 	}
 	return &Error{
-		Message: fmt.Sprintf("%s is not among them: the image exists for %s", want, clean(list)),
+		Message: message,
 		Next:    "choose one with --platform", Err: ErrPlatform,
 	}
 }

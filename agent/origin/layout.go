@@ -60,10 +60,10 @@ func (l *layout) fail(op string, err error, next string) error {
 		sentinel = ErrNotFound
 	case errors.Is(err, fs.ErrPermission):
 		sentinel = ErrUnauthorized
-	case errors.Is(err, ErrUnsupported):
+	case errors.Is(err, ErrUnsupported), strings.Contains(err.Error(), "escapes from parent"): // package os has no sentinel for it
 		sentinel = ErrUnsupported
 	}
-	return &Error{Op: op, Image: l.ref.String(), Message: clean(err.Error()), Next: next, Err: sentinel, Cause: err}
+	return &Error{Op: op, Image: l.ref.String(), Message: strings.TrimPrefix(clean(err.Error()), sentinel.Error()+": "), Next: next, Err: sentinel, Cause: err}
 }
 
 // open opens a regular file of the layout. Symbolic links may not lead out of it, and nothing that

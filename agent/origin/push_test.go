@@ -63,7 +63,7 @@ func TestPushBlob(t *testing.T) {
 		w := newWorld(t, registry.Options{})
 		repo := w.open(quick())
 		bad := ztoc.BlobRef{Digest: ztoc.DigestOf([]byte("x")), Size: 1}
-		wantError(t, repo.PushBlob(ctx, bad, opener([]byte("y"))), ErrProtocol, "DIGEST_INVALID", w.Addr)
+		wantError(t, repo.PushBlob(ctx, bad, opener([]byte("y"))), ErrDigest, "DIGEST_INVALID", w.Addr)
 		reading := errors.New("disk on fire")
 		if err := repo.PushBlob(ctx, bad, func() (io.ReadCloser, error) { return nil, reading }); !errors.Is(err, reading) {
 			t.Error(err)
@@ -112,7 +112,7 @@ func TestPushBlob(t *testing.T) {
 		if err != nil || string(got) != string(body[5:50_000]) {
 			t.Error(err)
 		}
-		wantError(t, repo.PushBlob(ctx, ztoc.BlobRef{Digest: ztoc.DigestOf([]byte("x")), Size: 1}, opener([]byte("y"))), ErrProtocol, "DIGEST_INVALID")
+		wantError(t, repo.PushBlob(ctx, ztoc.BlobRef{Digest: ztoc.DigestOf([]byte("x")), Size: 1}, opener([]byte("y"))), ErrDigest, "DIGEST_INVALID")
 	})
 }
 

@@ -218,7 +218,11 @@ func (r *remote) status(e *endpoint, c *call, a *answer) *refusal {
 		return f
 	case s == http.StatusNotFound:
 		e.miss(r.path(c))
-		return a.refuse(r, c, elsewhere, ErrNotFound, "", "check name and tag")
+		next := "check name and tag"
+		if c.kind == KindBlob {
+			next = "the image is not complete in the registry: push it again"
+		}
+		return a.refuse(r, c, elsewhere, ErrNotFound, "", next)
 	case s == http.StatusRequestedRangeNotSatisfiable:
 		return a.refuse(r, c, elsewhere, ErrDigest, "the blob is shorter than its descriptor says", "")
 	case s == http.StatusBadRequest && e.needsTLS(a):
@@ -228,7 +232,11 @@ func (r *remote) status(e *endpoint, c *call, a *answer) *refusal {
 	case s == http.StatusProxyAuthRequired:
 		return a.refuse(r, c, elsewhere, ErrUnauthorized, "the proxy wants authentication", "put user and password into HTTPS_PROXY")
 	}
-	return a.refuse(r, c, elsewhere, ErrProtocol, "", "")
+	f := a.refuse(r, c, elsewhere, ErrProtocol, "", "")
+	if c.kind == KindUpload && strings.Contains(f.err.Message, "DIGEST_INVALID") {
+		f.err.Err = ErrDigest
+	}
+	return f
 }
 
 // errNeedsTLS says that a host we spoke plain HTTP to wants TLS.
