@@ -47,8 +47,9 @@ type Sums struct {
 // Build reads a layer once, from any reader, to its end, and makes its table. What kind of layer it
 // is shows in its first bytes: gzip, zstd or plain tar.
 //
-// It returns ErrMismatch when Want or DiffID differ, ErrUnsupported for a kind of layer it does not
-// know, ErrInvalid when the layer is malformed, and ErrNoRestart together with valid, checked Sums
+// It returns ErrMismatch when Want or DiffID differ (also if the layer is malformed, as what changed on
+// its way mostly is), ErrUnsupported for a kind of layer it does not know, ErrInvalid when a layer is
+// malformed that has the digest Want, or none was given, and ErrNoRestart together with valid, checked Sums
 // when the layer is sound but a deflate block or zstd frame is larger than MaxBlock. Errors of r are
 // wrapped. Build reads ahead on a goroutine of its own, and returns only after that has ended: a
 // reader that may hang must be one that its owner can end.
@@ -319,9 +320,15 @@ func (l *layer) run(f Format, head io.Reader) {
 	src, closeSrc := l.source(f, head)
 	l.err = l.inflate(src)
 	closeSrc()
-	if l.err == nil {
-		// What follows the compressed data is still part of the blob.
-		_, l.err = io.Copy(io.Discard, readerOnly{head})
+	if l.err == nil || l.o.Want != "" && errors.Is(l.err, ErrInvalid) {
+		// What follows the compressed data is still part of the blob. And behind a fault the digest
+		// tells whether the layer was made so or has changed on its way.
+		if l.err != nil {
+			l.giveUp()
+		}
+		if _, err := io.Copy(io.Discard, readerOnly{head}); err != nil {
+			l.err = err
+		}
 	}
 	if l.err == nil && !l.noRestart {
 		l.err = l.lastCut(f, l.pos)
@@ -342,7 +349,7 @@ func (l *layer) walk(o *BuildOptions, add func(*Entry) error) (sums Sums, tarEnd
 	if err == nil {
 		go l.run(sums.Format, head)
 		t := &tape{src: l.inflated}
-		if tarEnd, err = walkTar(t, add); err == nil {
+		if tarEnd, err = walkTar(t, add); err == nil || o.Want != "" && errors.Is(err, ErrInvalid) {
 			t.drain()
 		}
 		close(l.stop)
@@ -355,6 +362,12 @@ func (l *layer) walk(o *BuildOptions, add func(*Entry) error) (sums Sums, tarEnd
 			err = l.err
 		}
 	} else {
+		if o.Want != "" && errors.Is(err, ErrUnsupported) {
+			l.giveUp()
+			if _, rerr := io.Copy(io.Discard, readerOnly{head}); rerr != nil {
+				err = rerr
+			}
+		}
 		close(l.stop)
 		if l.diff != nil {
 			close(l.diff)
@@ -368,12 +381,15 @@ func (l *layer) walk(o *BuildOptions, add func(*Entry) error) (sums Sums, tarEnd
 		l.cur.release()
 	}
 	l.workers.Wait()
+	sums.BlobSize = l.taken
+	sums.Blob = DigestFromSum([32]byte(l.blobSum.Sum(nil)))
 	if err != nil {
+		if o.Want != "" && o.Want != sums.Blob && (errors.Is(err, ErrInvalid) || errors.Is(err, ErrUnsupported)) {
+			err = fmt.Errorf("%w: blob is %s, wanted %s; its content: %w", ErrMismatch, sums.Blob, o.Want, err)
+		}
 		return sums, tarEnd, err
 	}
 	sums.InflatedSize = l.pos
-	sums.BlobSize = l.taken
-	sums.Blob = DigestFromSum([32]byte(l.blobSum.Sum(nil)))
 	switch {
 	case l.diffSum != nil:
 		sums.DiffID = DigestFromSum([32]byte(l.diffSum.Sum(nil)))

@@ -252,8 +252,24 @@ func TestBuildErrors(t *testing.T) {
 	}
 	flipped := bytes.Clone(blob)
 	flipped[len(blob)-6] ^= 1 // in the checksum
-	if _, _, err := Build(bytes.NewReader(flipped), BuildOptions{}); !errors.Is(err, ErrInvalid) {
+	if _, _, err := Build(bytes.NewReader(flipped), BuildOptions{}); !errors.Is(err, ErrInvalid) || errors.Is(err, ErrMismatch) {
 		t.Error(err)
+	}
+	// With a digest to compare with, it shows whose fault it is.
+	for _, at := range []int{2, 5000, len(blob) / 2, len(blob) - 6} {
+		flipped := bytes.Clone(blob)
+		flipped[at] ^= 0x10
+		if _, _, err := Build(bytes.NewReader(flipped), BuildOptions{Want: DigestOf(blob)}); !errors.Is(err, ErrMismatch) {
+			t.Errorf("flipped at %d: %v", at, err)
+		}
+		flippedTar := bytes.Clone(layer)
+		flippedTar[at&^511+100] ^= 0x10
+		if _, _, err := Build(bytes.NewReader(flippedTar), BuildOptions{Want: DigestOf(layer)}); !errors.Is(err, ErrMismatch) {
+			t.Errorf("flipped tar at %d: %v", at, err)
+		}
+		if _, _, err := Build(bytes.NewReader(flipped), BuildOptions{Want: DigestOf(flipped)}); err != nil && !errors.Is(err, ErrInvalid) || errors.Is(err, ErrMismatch) {
+			t.Errorf("made wrong at %d: %v", at, err)
+		}
 	}
 }
 
