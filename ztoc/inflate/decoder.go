@@ -39,9 +39,10 @@ type decoder struct {
 	bb  uint64 // bits taken from in but not used: the next one lowest, zero above nb
 	nb  uint
 
-	out []byte
-	wp  int // next byte of out to write
-	end int // decode up to here; out goes on for at least maxMatch+slack bytes, unless end is its end
+	out  []byte
+	wide []uint16 // instead of out when what comes before is not known: see marker
+	wp   int      // next element of out to write
+	end  int      // decode up to here; out goes on for at least maxMatch+slack more, unless this is its end
 	// What is below windowSize of out is still so far up, 0 if not: it was not needed yet.
 	away int
 
@@ -61,7 +62,7 @@ type decoder struct {
 // restart makes d new but for its tables, with this output.
 func (d *decoder) restart(out []byte, end int) {
 	d.in, d.pos, d.bb, d.nb = nil, 0, 0, 0
-	d.out, d.wp, d.end, d.lo, d.away = out, 0, end, 0, 0
+	d.out, d.wide, d.wp, d.end, d.lo, d.away = out, nil, 0, end, 0, 0
 	d.used = nil
 	d.reset()
 }
@@ -126,7 +127,16 @@ func (d *decoder) run() status {
 				d.fetchWindow()
 			}
 		case inStored:
-			n := copy(d.out[d.wp:max(d.end, d.wp)], d.in[d.pos:min(len(d.in), d.pos+d.left)])
+			from := d.in[d.pos:min(len(d.in), d.pos+d.left)]
+			var n int
+			if d.wide != nil {
+				n = min(len(from), max(0, d.end-d.wp))
+				for i, b := range from[:n] {
+					d.wide[d.wp+i] = uint16(b)
+				}
+			} else {
+				n = copy(d.out[d.wp:max(d.end, d.wp)], from)
+			}
 			d.wp += n
 			d.pos += n
 			d.left -= n

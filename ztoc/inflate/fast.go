@@ -10,11 +10,12 @@ import (
 // Indices stay in bounds because the caller promises room behind inEnd and outEnd, a pass takes at
 // most 14 bytes of input and makes at most 6 literals and a match, no distance passes d.lo, and the
 // tables' entries lead into the tables.
-func (d *decoder) fastGo(inEnd, outEnd int) (how int) {
+func fastGo[T byte | uint16](d *decoder, out []T, inEnd, outEnd int) (how int) {
+	size := int(unsafe.Sizeof(T(0))) // known where this is compiled for T
 	lit, dist := &d.codes.lit, &d.codes.dist
-	in, out := d.in, d.out
-	inp, outp := unsafe.Pointer(unsafe.SliceData(in)), unsafe.Pointer(unsafe.SliceData(out))
-	pos, wp, lo := d.pos, d.wp, d.lo
+	inp, outp := unsafe.Pointer(unsafe.SliceData(d.in)), unsafe.Pointer(unsafe.SliceData(out))
+	pos, wp, lo := d.pos, d.wp*size, d.lo*size // in bytes
+	outEnd *= size
 	bb, nb := d.bb, uint64(d.nb)
 	for pos <= inEnd && wp < outEnd {
 		bb |= load64(inp, pos) << (nb & 63)
@@ -25,20 +26,20 @@ func (d *decoder) fastGo(inEnd, outEnd int) (how int) {
 		if e >= isLiteral {
 			bb >>= e & 63
 			nb -= uint64(e & 63)
-			store16(outp, wp, uint16(e>>8))
-			wp += int(e >> 30)
+			store(outp, wp, size, e)
+			wp += int(e>>30) * size
 			e = lit[bb&litMask]
 			if e >= isLiteral {
 				bb >>= e & 63
 				nb -= uint64(e & 63)
-				store16(outp, wp, uint16(e>>8))
-				wp += int(e >> 30)
+				store(outp, wp, size, e)
+				wp += int(e>>30) * size
 				e = lit[bb&litMask]
 				if e >= isLiteral {
 					bb >>= e & 63
 					nb -= uint64(e & 63)
-					store16(outp, wp, uint16(e>>8))
-					wp += int(e >> 30)
+					store(outp, wp, size, e)
+					wp += int(e>>30) * size
 					continue
 				}
 			}
@@ -55,8 +56,8 @@ func (d *decoder) fastGo(inEnd, outEnd int) (how int) {
 				if e >= isLiteral {
 					bb >>= e & 63
 					nb -= uint64(e & 63)
-					store16(outp, wp, uint16(e>>8))
-					wp++
+					store(outp, wp, size, e)
+					wp += size
 					continue
 				}
 			}
@@ -89,6 +90,7 @@ func (d *decoder) fastGo(inEnd, outEnd int) (how int) {
 		back := int(e>>16) + int(bb&(1<<(e&63)-1)>>(e>>8&63))
 		bb >>= e & 63
 		nb -= uint64(e & 63)
+		length, back = length*size, back*size
 		if back > wp-lo {
 			bb, nb = wrong, wrongBits
 			break
@@ -99,7 +101,7 @@ func (d *decoder) fastGo(inEnd, outEnd int) (how int) {
 			for from := wp - back; wp < end; wp, from = wp+8, from+8 {
 				store64(outp, wp, load64(outp, from))
 			}
-		case back == 1:
+		case back == 1: // never with size 2, where the pattern below does as well
 			v := uint64(*(*byte)(unsafe.Add(outp, wp-1))) * 0x0101010101010101
 			for ; wp < end; wp += 8 {
 				store64(outp, wp, v)
@@ -116,7 +118,7 @@ func (d *decoder) fastGo(inEnd, outEnd int) (how int) {
 		}
 		wp = end
 	}
-	d.pos, d.wp = pos, wp
+	d.pos, d.wp = pos, wp/size
 	d.bb, d.nb = bb&(1<<nb-1), uint(nb)
 	return how
 }
@@ -129,6 +131,11 @@ func store64(p unsafe.Pointer, i int, v uint64) {
 	binary.LittleEndian.PutUint64((*[8]byte)(unsafe.Add(p, i))[:], v)
 }
 
-func store16(p unsafe.Pointer, i int, v uint16) {
-	binary.LittleEndian.PutUint16((*[2]byte)(unsafe.Add(p, i))[:], v)
+// store writes the literals of e, room for two, in size bytes each.
+func store(p unsafe.Pointer, i, size int, e uint32) {
+	if size == 1 {
+		binary.LittleEndian.PutUint16((*[2]byte)(unsafe.Add(p, i))[:], uint16(e>>8))
+		return
+	}
+	*(*[2]uint16)(unsafe.Add(p, i)) = [2]uint16{uint16(e >> 8 & 0xff), uint16(e >> 16 & 0xff)}
 }

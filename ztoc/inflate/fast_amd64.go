@@ -6,12 +6,17 @@ import "golang.org/x/sys/cpu"
 var useBMI2 = cpu.X86.HasBMI2 && cpu.X86.HasSSSE3
 
 // fast decodes symbols of the block while d.pos is at most inEnd and d.wp below outEnd, with at least
-// fastIn bytes of input from inEnd on and maxMatch+slack bytes of output from outEnd on.
+// fastIn bytes of input from inEnd on and maxMatch+slack elements of output from outEnd on.
 func (d *decoder) fast(inEnd, outEnd int) int {
-	if useBMI2 {
+	switch {
+	case d.wide != nil && useBMI2:
+		return fastWideBMI2(d, d.codes, inEnd, outEnd)
+	case d.wide != nil:
+		return fastGo(d, d.wide, inEnd, outEnd)
+	case useBMI2:
 		return fastBMI2(d, d.codes, inEnd, outEnd)
 	}
-	return d.fastGo(inEnd, outEnd)
+	return fastGo(d, d.out, inEnd, outEnd)
 }
 
 // repeats are shuffles that repeat the first n bytes of 16, n from 1 on, and steps how many of those
@@ -32,3 +37,6 @@ func init() {
 
 //go:noescape
 func fastBMI2(d *decoder, c *codes, inEnd, outEnd int) int
+
+//go:noescape
+func fastWideBMI2(d *decoder, c *codes, inEnd, outEnd int) int

@@ -1,22 +1,9 @@
 #include "go_asm.h"
 #include "textflag.h"
 
-// Registers of fastBMI2:
-//
-//	AX entry of the next literal or length   BX bit buffer   CX bits in it (low byte; the rest is rubbish)
-//	SI input   DI output   R8 literal table   R9 distance table   R10, R11 limits of SI, DI   R15 lowest match
-//	DX, R12, R13, R14 free   X2, X3 BX, CX before the length or whatever it is
-
-// REFILL loads bytes so that 56 to 63 bits count and all 64 are right.
-#define REFILL \
-	MOVQ    (SI), DX; \
-	SHLXQ   CX, DX, DX; \
-	ORQ     DX, BX; \
-	MOVBLZX CX, DX; \
-	SHRL    $3, DX; \
-	XORL    $7, DX; \
-	ADDQ    DX, SI; \
-	ORL     $56, CX
+#define OUTPUT decoder_out
+#define SCALE(r)
+#define UNSCALE(r)
 
 // LITERAL writes the one or two literals of the entry and looks up the next.
 #define LITERAL \
@@ -31,199 +18,37 @@
 	ADDQ  AX, DI; \
 	MOVL  (R8)(R14*4), AX
 
-// LENGTH drops a length and leaves it in R12.
-#define LENGTH \
-	BZHIQ AX, BX, R12; \
-	SHRXQ AX, BX, BX; \
-	SUBL  AX, CX; \
-	MOVL  AX, R13; \
-	SHRL  $8, R13; \
-	SHRXQ R13, R12, R12; \
-	SHRL  $16, AX; \
-	ADDL  AX, R12
-
 // func fastBMI2(d *decoder, c *codes, inEnd, outEnd int) int
 TEXT ·fastBMI2(SB), NOSPLIT, $0-40
-	MOVQ d+0(FP), DX
-	MOVQ c+8(FP), R8
-	LEAQ codes_dist(R8), R9
-	MOVQ decoder_bb(DX), BX
-	MOVQ decoder_nb(DX), CX
-	MOVQ decoder_in(DX), SI
-	MOVQ inEnd+16(FP), R10
-	ADDQ SI, R10
-	ADDQ decoder_pos(DX), SI
-	MOVQ decoder_out(DX), DI
-	MOVQ outEnd+24(FP), R11
-	ADDQ DI, R11
-	MOVQ decoder_lo(DX), R15
-	ADDQ DI, R15
-	ADDQ decoder_wp(DX), DI
+#include "loop_amd64.h"
 
-	REFILL
-	MOVL BX, AX
-	ANDL $const_litMask, AX
-	MOVL (R8)(AX*4), AX
-	JMP  first
+#undef OUTPUT
+#undef SCALE
+#undef UNSCALE
+#undef LITERAL
+#undef REFILL
+#undef LENGTH
 
-	PCALIGN $32
-loop:
-	CMPQ SI, R10
-	JHI  limit
-	CMPQ DI, R11
-	JCC  limit
-	REFILL
+#define OUTPUT decoder_wide
+#define SCALE(r) ADDQ r, r
+#define UNSCALE(r) SHRQ $1, r
 
-first:
-	CMPL AX, $const_isLiteral
-	JCS  length
-	LITERAL
-	CMPL AX, $const_isLiteral
-	JCS  later
-	LITERAL
-	CMPL AX, $const_isLiteral
-	JCS  later
-	LITERAL
-	JMP  loop
+// LITERAL is as above, with 16 bits for each literal.
+#define LITERAL \
+	SHRXQ AX, BX, BX; \
+	SUBL  AX, CX; \
+	MOVL  BX, R14; \
+	ANDL  $const_litMask, R14; \
+	MOVL  AX, DX; \
+	SHRL  $8, DX; \
+	MOVL  DX, X0; \
+	PUNPCKLBW X4, X0; \
+	MOVL  X0, (DI); \
+	SHRL  $30, AX; \
+	LEAQ  (DI)(AX*2), DI; \
+	MOVL  (R8)(R14*4), AX
 
-later:
-	REFILL
-
-length:
-	MOVQ  BX, X2              // for the case that something is wrong
-	MOVQ  CX, X3
-	TESTL $const_isOther, AX
-	JNE   other
-	LENGTH
-
-distance:
-	MOVL  BX, DX
-	ANDL  $const_distMask, DX
-	MOVL  (R9)(DX*4), DX
-	TESTL $const_isOther, DX
-	JNE   otherDistance
-
-haveDistance:
-	BZHIQ DX, BX, R13
-	SHRXQ DX, BX, BX
-	SUBL  DX, CX
-	MOVL  BX, AX
-	ANDL  $const_litMask, AX
-	MOVL  (R8)(AX*4), AX
-	MOVL  DX, R14
-	SHRL  $8, R14
-	SHRXQ R14, R13, R13
-	SHRL  $16, DX
-	ADDL  DX, R13              // R13 is the distance
-	MOVQ  DI, DX
-	SUBQ  R13, DX
-	CMPQ  DX, R15
-	JCS   bad
-	MOVOU (DX), X0
-	CMPL  R13, $16
-	JCS   near
-	MOVOU X0, (DI)
-	CMPL  R12, $16
-	JHI   long
-	ADDQ  R12, DI
-	JMP   loop
-
-	// A match of more than 16 bytes from at least 16 bytes back.
-long:
-	ADDQ R12, DI
-	NEGQ R12
-
-long16:
-	ADDQ  $16, R12
-	JGE   loop                // not taken the first time
-	ADDQ  $16, DX
-	MOVOU (DX), X0
-	MOVOU X0, (DI)(R12*1)
-	JMP   long16
-
-	// A match from less than 16 bytes back: a pattern.
-near:
-	LEAQ   ·repeats(SB), DX
-	MOVQ   R13, R14
-	SHLQ   $4, R14
-	MOVOU  (DX)(R14*1), X1
-	PSHUFB X1, X0
-	MOVOU  X0, (DI)
-	LEAQ   ·steps(SB), DX
-	MOVQ   (DX)(R13*8), R13
-	ADDQ   R12, DI
-	NEGQ   R12
-
-nearStep:
-	ADDQ  R13, R12
-	JGE   loop
-	MOVOU X0, (DI)(R12*1)
-	JMP   nearStep
-
-other:
-	// AX is the end of the block, a second-level table or nothing. There are at least 56 bits.
-	BTL   $13, AX
-	JCC   final
-	SHRXQ AX, BX, BX
-	SUBL  AX, CX
-	MOVL  AX, DX
-	SHRL  $8, DX
-	ANDL  $15, DX
-	BZHIQ DX, BX, DX
-	SHRL  $16, AX
-	ADDQ  AX, DX
-	MOVL  (R8)(DX*4), AX
-	CMPL  AX, $const_isLiteral
-	JCS   otherLength
-	LITERAL
-	JMP   loop
-
-otherLength:
-	TESTL $const_isOther, AX
-	JNE   final
-	LENGTH
-	JMP   distance
-
-final:
-	BTL   $14, AX
-	JCC   bad
-	SHRXQ AX, BX, BX
-	SUBL  AX, CX
-	MOVQ  $const_fastEnd, AX
-	JMP   done
-
-otherDistance:
-	BTL   $13, DX
-	JCC   bad
-	SHRXQ DX, BX, BX
-	SUBL  DX, CX
-	MOVL  DX, R13
-	SHRL  $8, R13
-	ANDL  $15, R13
-	BZHIQ R13, BX, R13
-	SHRL  $16, DX
-	ADDQ  R13, DX
-	MOVL  (R9)(DX*4), DX
-	TESTL $const_isOther, DX
-	JEQ   haveDistance
-
-	// Something is wrong: leave the symbol to the careful loop, which says what.
-bad:
-	MOVQ X2, BX
-	MOVQ X3, CX
-
-limit:
-	MOVQ $const_fastStop, AX
-
-done:
-	MOVQ    AX, ret+32(FP)
-	MOVQ    d+0(FP), DX
-	BZHIQ   CX, BX, BX
-	MOVBLZX CX, CX
-	MOVQ    BX, decoder_bb(DX)
-	MOVQ    CX, decoder_nb(DX)
-	SUBQ    decoder_in(DX), SI
-	MOVQ    SI, decoder_pos(DX)
-	SUBQ    decoder_out(DX), DI
-	MOVQ    DI, decoder_wp(DX)
-	RET
+// func fastWideBMI2(d *decoder, c *codes, inEnd, outEnd int) int
+TEXT ·fastWideBMI2(SB), NOSPLIT, $0-40
+	PXOR X4, X4
+#include "loop_amd64.h"

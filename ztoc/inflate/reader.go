@@ -33,6 +33,11 @@ type Options struct {
 	// up to 32 KiB before c.Out, none at a member's start; it is valid during the call. An error
 	// ends reading with that error.
 	OnCheckpoint func(c Checkpoint, window []byte) error
+
+	// Cores is how many cores may inflate at once, 0 meaning 1. With more, and a file of some MiB, data
+	// and checkpoints are the same; up to Cores+3 MiB of input are read ahead and a few times as much is
+	// held, and Close must be called unless the Reader is read to its end.
+	Cores int
 }
 
 // A Reader inflates a gzip file of one or more members. Checksum and length of each are checked;
@@ -63,6 +68,9 @@ type state struct {
 	due    int64  // inflated offset from which on a checkpoint is due
 	place  int64  // inflated offset of the last place where a checkpoint was possible
 	block  int64  // see MaxBlock
+	hiring bool   // a crew should go on from here
+	hireAt int64  // not before this offset in the file
+	shift  *shift // not nil while a crew is at work
 }
 
 // A phase is what part of the file comes next.
@@ -85,6 +93,7 @@ func NewReader(r io.Reader, o Options) *Reader {
 
 // Reset makes z as NewReader would, but in the same memory.
 func (z *Reader) Reset(r io.Reader, o Options) {
+	z.Close()
 	z.d.restart(z.out[:], outSize)
 	z.state = state{r: r, o: o}
 }
@@ -96,13 +105,11 @@ func (z *Reader) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	if z.rp == z.d.wp {
-		if z.err == nil {
-			z.more(false)
-		}
-		if z.rp == z.d.wp {
+	for z.rp == z.d.wp {
+		if z.err != nil {
 			return 0, z.err
 		}
+		z.more(false)
 	}
 	n := copy(p, z.d.out[z.rp:z.d.wp])
 	z.rp += n
@@ -147,10 +154,17 @@ func (z *Reader) InputOffset() int64 { return z.base + int64(z.d.consumed()) }
 // going on would take a read. Everything before was handed out.
 func (z *Reader) more(wait bool) {
 	d := &z.d
+	if z.hiring {
+		z.hire()
+	}
+	if z.shift != nil {
+		z.pump()
+		return
+	}
 	if d.wp >= d.end {
 		z.slide()
 	}
-	for z.err == nil && d.wp < d.end {
+	for z.err == nil && d.wp < d.end && !z.hiring {
 		if z.phase != inData {
 			if !wait && z.rp < d.wp {
 				break
@@ -170,7 +184,7 @@ func (z *Reader) more(wait bool) {
 				z.fill()
 			}
 		case blockEnd:
-			z.restart()
+			z.arrive()
 		case lastEnd:
 			d.align()
 			z.phase = atTrailer
@@ -199,7 +213,7 @@ func (z *Reader) outside() {
 		z.phase = inData
 		z.crc, z.sp, d.lo = 0, d.wp, d.wp
 		z.start = z.zero + int64(d.wp)
-		z.restart()
+		z.arrive()
 	case atTrailer:
 		z.sum()
 		z.trailer()
@@ -229,18 +243,23 @@ func (z *Reader) outside() {
 	}
 }
 
-// restart is called where inflating can be taken up again.
-func (z *Reader) restart() {
+// arrive is called where inflating can be taken up again.
+func (z *Reader) arrive() {
+	in := z.InputOffset()
+	z.restart(Checkpoint{In: in, Out: z.zero + int64(z.d.wp), Bits: uint8(z.d.nb & 7)})
+	z.hiring = z.o.Cores > 1 && littleEndian && in >= z.hireAt
+}
+
+// restart notes that inflating can be taken up again at c, the end of d.out.
+func (z *Reader) restart(c Checkpoint) {
 	d := &z.d
-	out := z.zero + int64(d.wp)
-	z.block = max(z.block, out-z.place)
-	z.place = out
-	if z.o.Interval <= 0 || z.o.OnCheckpoint == nil || out < z.due {
+	z.block = max(z.block, c.Out-z.place)
+	z.place = c.Out
+	if z.o.Interval <= 0 || z.o.OnCheckpoint == nil || c.Out < z.due {
 		return
 	}
-	z.due = out + z.o.Interval
+	z.due = c.Out + z.o.Interval
 	d.fetchWindow()
-	c := Checkpoint{In: z.InputOffset(), Out: out, Bits: uint8(d.nb & 7)}
 	if err := z.o.OnCheckpoint(c, d.out[max(d.lo, d.wp-windowSize):d.wp]); err != nil {
 		z.err = err
 	}

@@ -221,10 +221,8 @@ func TestMembers(t *testing.T) {
 	add := func(content []byte, m []byte) {
 		gz, want = append(gz, m...), append(want, content...)
 	}
-	var starts []int
 	for range 2 {
 		for _, name := range []string{"empty", "byte", "text", "empty", "noise", "far", "empty", "empty"} {
-			starts = append(starts, len(want))
 			add(data[name], compress(t, data[name], 6, gzip.Header{Name: "x", Comment: "y", Extra: []byte("zzz")}))
 			add(data[name], member(rawDeflate(t, data[name], 1), data[name], true))
 			add(data[name], member(rawDeflate(t, data[name], 0), data[name], false))

@@ -3,14 +3,17 @@ package inflate
 // symbols decodes the symbols of a block with codes. blockEnd says that the end code was read.
 func (d *decoder) symbols() status {
 	if d.used == nil {
-		inEnd, outEnd := len(d.in)-fastIn, min(d.end, len(d.out)-maxMatch-slack)
+		inEnd, outEnd := len(d.in)-fastIn, min(d.end, max(len(d.out), len(d.wide))-maxMatch-slack)
 		if d.pos <= inEnd && d.wp < outEnd {
 			if d.fast(inEnd, outEnd) == fastEnd {
 				return blockEnd
 			}
 		}
 	}
-	return d.careful()
+	if d.wide != nil {
+		return careful(d, d.wide)
+	}
+	return careful(d, d.out)
 }
 
 // fastIn is how much input beyond the current byte the fast loop may load at a time.
@@ -23,8 +26,8 @@ const (
 )
 
 // careful decodes up to the last bit of the input and the last byte of the output, one symbol at a
-// time. A match that goes beyond the end of d.out is cut there.
-func (d *decoder) careful() status {
+// time. A match that goes beyond the end of out is cut there.
+func careful[T byte | uint16](d *decoder, out []T) status {
 	lit, dist := &d.codes.lit, &d.codes.dist
 	for d.wp < d.end {
 		if d.nb < 48 {
@@ -50,10 +53,10 @@ func (d *decoder) careful() status {
 				return needInput
 			}
 			d.bb, d.nb = bb>>n, nb-n
-			d.out[d.wp] = byte(e >> 8)
+			out[d.wp] = T(e >> 8 & 0xff)
 			d.wp++
 			if two {
-				d.out[d.wp] = byte(e >> 16)
+				out[d.wp] = T(e >> 16 & 0xff)
 				d.wp++
 			}
 			continue
@@ -93,26 +96,21 @@ func (d *decoder) careful() status {
 			return d.bad(TooFar)
 		}
 		d.bb, d.nb = bb>>n, nb-n
-		d.repeat(length, back)
+
+		length = min(length, len(out)-d.wp)
+		if d.used != nil {
+			for i := d.wp - back; i < min(d.wp-back+length, windowSize); i++ {
+				d.used[i>>3] |= 1 << (i & 7)
+			}
+		}
+		if back >= length {
+			copy(out[d.wp:d.wp+length], out[d.wp-back:])
+		} else {
+			for i := d.wp; i < d.wp+length; i++ {
+				out[i] = out[i-back]
+			}
+		}
+		d.wp += length
 	}
 	return isFull
-}
-
-// repeat writes the length bytes found back bytes before the end of the output to it, or as many as
-// there is room for.
-func (d *decoder) repeat(length, back int) {
-	length = min(length, len(d.out)-d.wp)
-	if d.used != nil {
-		for i := d.wp - back; i < min(d.wp-back+length, windowSize); i++ {
-			d.used[i>>3] |= 1 << (i & 7)
-		}
-	}
-	if back >= length {
-		copy(d.out[d.wp:d.wp+length], d.out[d.wp-back:])
-	} else {
-		for i := d.wp; i < d.wp+length; i++ {
-			d.out[i] = d.out[i-back]
-		}
-	}
-	d.wp += length
 }

@@ -109,24 +109,28 @@ func (t *litTable) build(lens []uint8) bool {
 	if !construct(t[:], litBits, lens, litProto[:], 256) {
 		return false
 	}
-	t.pair()
+	t.pair(lens)
 	return true
 }
 
 // pair lets an entry yield two literals where both their codes fit in the index. It goes downwards
 // so that the entry of what follows a literal, which has a lower index, still is that of one symbol.
-func (t *litTable) pair() {
-	for i := 1<<litBits - 1; i >= 0; i-- {
+// Which entries are literals cannot be foreseen, so there are no branches on it.
+func (t *litTable) pair(lens []uint8) {
+	shortest := uint8(maxCode)
+	for _, n := range lens[:256] {
+		shortest = min(shortest, n-1) // 0, no code, becomes 255
+	}
+	if 2*(shortest+1) > litBits {
+		return
+	}
+	for i := uint32(1)<<litBits - 1; i < 1<<litBits; i-- {
 		e := t[i]
-		if e < isLiteral {
-			continue
-		}
-		n := e & 15
-		f := t[uint(i)>>n]
-		if f < isLiteral || n+f&15 > litBits {
-			continue
-		}
-		t[i] = e + isLiteral + f>>8&0xff<<16 + f&15
+		f := t[i>>(e&15)&litMask]
+		second := f>>8&0xff<<16 + f&15 + isLiteral
+		// The sign says no: e or f is no literal, or there are too many bits.
+		no := int32(e-isLiteral) | int32(f-isLiteral) | int32(litBits-e&15-f&15)
+		t[i] = e + second&^uint32(no>>31)
 	}
 }
 
