@@ -23,8 +23,9 @@ var (
 	ErrInvalid = errors.New("malformed")
 )
 
-// DefaultSpanSize is how many inflated bytes are between two checkpoints unless told otherwise.
-const DefaultSpanSize = 1 << 20
+// DefaultSpanSize is how many inflated bytes are between two checkpoints unless told otherwise; docs/spans.md has
+// the measurements it comes from.
+const DefaultSpanSize = 512 << 10
 
 // MaxBlock is the largest deflate block or zstd frame, in inflated bytes, that a layer may have and
 // still be served from its own blob.
