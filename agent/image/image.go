@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -166,7 +167,7 @@ func (o *opener) resolve(ctx context.Context) (offline bool, err error) {
 }
 
 func (o *opener) refKey(ref origin.Reference) string {
-	return store.Key(ref.String() + " " + firstNonEmpty(o.Platform, origin.DefaultPlatform()))
+	return store.Key(ref.String() + " " + cmp.Or(o.Platform, origin.DefaultPlatform()))
 }
 
 func (o *opener) keptImage(ref origin.Reference) (origin.Image, error) {

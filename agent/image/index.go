@@ -1,27 +1,21 @@
 package image
 
 import (
+	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/ztoc"
 )
 
-// What SOCI writes beside an image (shared by versions 1 and 2; see docs/design.md section 5).
+// What SOCI writes beside an image and this package writes too (see package origin for reading it).
 const (
-	sociIndexV1       = "application/vnd.amazon.soci.index.v1+json"
-	sociIndexV2       = "application/vnd.amazon.soci.index.v2+json"
-	sociZtoc          = "application/octet-stream"
-	sociLayerDigest   = "com.amazon.soci.image-layer-digest"
-	sociLayerType     = "com.amazon.soci.image-layer-mediaType"
-	sociSpanSize      = "com.amazon.soci.span-size"
-	sociIndexDigest   = "com.amazon.soci.index-digest"
-	sociBuildTool     = "com.amazon.soci.build-tool-identifier"
-	sociManifestOfImg = "com.amazon.soci.image-manifest-digest"
+	sociLayerDigest = "com.amazon.soci.image-layer-digest"
+	sociLayerType   = "com.amazon.soci.image-layer-mediaType"
+	sociSpanSize    = "com.amazon.soci.span-size"
+	sociBuildTool   = "com.amazon.soci.build-tool-identifier"
 )
 
 // What muster adds to a SOCI index: the same tables in packed form (ztoc.Pack), a fifth of the size,
@@ -36,114 +30,45 @@ const (
 // maxIndexBlob bounds one table of an index: 180,000 files and 3,000 spans need 81 MB.
 const maxIndexBlob = 1 << 30
 
-// A foundIndex is an index beside an image: for each layer that it covers, where its table is.
+// A foundIndex is an index beside an image, with what only muster reads in it.
 type foundIndex struct {
-	Digest  ztoc.Digest
-	size    int64                             // of its manifest, bytes
+	origin.Index
 	packed  map[ztoc.Digest]origin.Descriptor // by layer
-	soci    map[ztoc.Digest]origin.Descriptor // by layer
 	profile *origin.Descriptor
 }
 
 // findIndex looks for an index beside img. There being none, or none that can be used, is no error:
 // it returns nil and a reason for the report.
 func findIndex(ctx context.Context, repo origin.Repository, img origin.Image) (*foundIndex, string) {
-	if s := firstNonEmpty(img.Annotations[sociIndexDigest], img.IndexDescriptor.Annotations[sociIndexDigest]); s != "" {
-		ix, err := readIndex(ctx, repo, s)
-		if err == nil {
-			return ix, ""
-		}
-		// A single-platform copy of an image keeps the annotation and loses the index.
-		return nil, fmt.Sprintf("the index the manifest names cannot be used: %v", err)
-	}
-	refs, err := repo.Referrers(ctx, img.Digest, sociIndexV1)
-	if err != nil {
+	x, why, err := origin.FindIndex(ctx, repo, img)
+	switch {
+	case err != nil:
 		return nil, fmt.Sprintf("looking for an index: %v", err)
+	case x.Empty():
+		return nil, cmp.Or(why, "the image has no index")
 	}
-	reason := firstNonEmpty(refs.Reason, "the image has no index")
-	// Where there are several, SOCI leaves the choice open. Any is right, so take the first that has
-	// our packed tables, else the first that can be read.
-	var found *foundIndex
-	for _, d := range refs.Manifests {
-		ix, err := readIndex(ctx, repo, string(d.Digest))
-		if err != nil {
-			reason = fmt.Sprintf("index %.19s cannot be used: %v", d.Digest, err)
-			continue
-		}
-		if len(ix.packed) > 0 {
-			return ix, ""
-		}
-		if found == nil {
-			found = ix
-		}
-	}
-	if found != nil {
-		return found, ""
-	}
-	return nil, reason
+	return withPacked(x), ""
 }
 
-// errNotIndex says that a manifest is not a SOCI index.
-var errNotIndex = errors.New("not a SOCI index")
-
-func readIndex(ctx context.Context, repo origin.Repository, digest string) (*foundIndex, error) {
-	d, err := ztoc.ParseDigest(digest)
-	if err != nil {
-		return nil, err
-	}
-	m, err := repo.Manifest(ctx, string(d))
-	if err != nil {
-		return nil, err
-	}
-	return parseIndex(m)
-}
-
-// parseIndex reads a SOCI index manifest. Blobs it does not know are passed over, entries for a layer
-// that has one already too.
-func parseIndex(m origin.Manifest) (*foundIndex, error) {
-	var doc struct {
-		ArtifactType string       `json:"artifactType"`
-		Config       descriptor   `json:"config"`
-		Layers       []descriptor `json:"layers"`
-		Blobs        []descriptor `json:"blobs"` // of the withdrawn OCI artifact manifest, which early SOCI wrote
-	}
-	if err := json.Unmarshal(m.Body, &doc); err != nil {
-		return nil, fmt.Errorf("%w: %w", errNotIndex, err)
-	}
-	kind := firstNonEmpty(doc.ArtifactType, doc.Config.MediaType)
-	if kind != sociIndexV1 && kind != sociIndexV2 {
-		return nil, fmt.Errorf("%w: its type is %.80q", errNotIndex, kind)
-	}
-	ix := &foundIndex{Digest: m.Digest, size: int64(len(m.Body)), packed: map[ztoc.Digest]origin.Descriptor{}, soci: map[ztoc.Digest]origin.Descriptor{}}
-	for _, b := range append(doc.Layers, doc.Blobs...) {
-		digest, err := ztoc.ParseDigest(b.Digest)
-		if err != nil || b.Size <= 0 || b.Size > maxIndexBlob {
-			return nil, fmt.Errorf("%w: blob %.80q of %d bytes", errNotIndex, b.Digest, b.Size)
-		}
-		od := origin.Descriptor{MediaType: b.MediaType, Digest: digest, Size: b.Size, Annotations: b.Annotations}
-		switch b.MediaType {
+// withPacked sorts out what only muster reads. Types it does not know are passed over, and so is a second
+// table for one layer.
+func withPacked(x origin.Index) *foundIndex {
+	ix := &foundIndex{Index: x, packed: map[ztoc.Digest]origin.Descriptor{}}
+	for _, d := range x.Others {
+		switch d.MediaType {
 		case startProfile:
-			ix.profile = &od
+			ix.profile = &d
 		case packedZtoc:
-			enter(ix.packed, b.Annotations[packedLayer], od)
-		case sociZtoc:
-			enter(ix.soci, b.Annotations[sociLayerDigest], od)
+			layer, err := ztoc.ParseDigest(d.Annotations[packedLayer])
+			if _, have := ix.packed[layer]; err == nil && !have {
+				ix.packed[layer] = d
+			}
 		}
 	}
-	return ix, nil
+	return ix
 }
 
-func enter(m map[ztoc.Digest]origin.Descriptor, layer string, d origin.Descriptor) {
-	l, err := ztoc.ParseDigest(layer)
-	if err != nil {
-		return
-	}
-	if _, ok := m[l]; !ok {
-		m[l] = d
-	}
-}
-
-// A descriptor is OCI's, as far as an index manifest needs it.
+// A descriptor is OCI's, as far as an index manifest needs it, in the order in which SOCI writes it.
 type descriptor struct {
 	MediaType    string            `json:"mediaType"`
 	Digest       string            `json:"digest"`
@@ -159,7 +84,7 @@ func (ix *foundIndex) ztocOf(ctx context.Context, repo origin.Repository, layer 
 	d, packed := ix.packed[layer.Digest]
 	if !packed {
 		var ok bool
-		if d, ok = ix.soci[layer.Digest]; !ok {
+		if d, ok = ix.Ztocs[layer.Digest]; !ok {
 			return nil, 0, errNoEntry
 		}
 	}
@@ -186,12 +111,3 @@ func (ix *foundIndex) ztocOf(ctx context.Context, repo origin.Repository, layer 
 
 // errNoEntry says that an index does not cover a layer: indexes are sparse, small layers are left out.
 var errNoEntry = errors.New("the index does not cover this layer")
-
-func firstNonEmpty(s ...string) string {
-	for _, v := range s {
-		if strings.TrimSpace(v) != "" {
-			return v
-		}
-	}
-	return ""
-}

@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -75,7 +76,7 @@ func (im *Image) MakeIndex(ctx context.Context, o IndexOptions) (*Index, error) 
 	m := ociManifest{
 		SchemaVersion: 2,
 		MediaType:     origin.MediaTypeManifest,
-		Config:        x.blob(sociIndexV1, []byte(emptyConfig), nil),
+		Config:        x.blob(origin.MediaTypeSOCIv1, []byte(emptyConfig), nil),
 		Layers:        []descriptor{},
 		Subject:       &descriptor{MediaType: im.Resolved.MediaType, Digest: string(im.Resolved.Digest), Size: int64(len(im.Resolved.Manifest))},
 		Annotations:   map[string]string{sociBuildTool: im.o.Tool},
@@ -102,7 +103,7 @@ func (im *Image) MakeIndex(ctx context.Context, o IndexOptions) (*Index, error) 
 				return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
 			default:
 				il.SOCI = int64(len(soci))
-				m.Layers = append(m.Layers, x.blob(sociZtoc, soci, map[string]string{
+				m.Layers = append(m.Layers, x.blob(origin.MediaTypeZtoc, soci, map[string]string{
 					sociLayerDigest: string(l.Digest),
 					sociLayerType:   l.MediaType,
 					sociSpanSize:    strconv.FormatInt(o.SOCISpan, 10),
@@ -200,40 +201,28 @@ func ListIndexes(ctx context.Context, repo origin.Repository, platform string) (
 	if err != nil {
 		return nil, "", err
 	}
-	add := func(version, digest string) {
-		l := ListedIndex{Digest: ztoc.Digest(digest), Version: version}
-		ix, err := readIndex(ctx, repo, digest)
-		if err != nil {
-			l.Reason = err.Error()
-		} else {
-			l.fill(ix)
-		}
+	found, why, err := origin.ListIndexes(ctx, repo, img)
+	for _, f := range found {
+		l := ListedIndex{Digest: f.Digest, Version: fmt.Sprintf("v%d", f.Version), Reason: f.Reason}
+		l.fill(withPacked(f.Index))
 		list = append(list, l)
 	}
-	if d := firstNonEmpty(img.Annotations[sociIndexDigest], img.IndexDescriptor.Annotations[sociIndexDigest]); d != "" {
-		add("v2", d)
-	}
-	refs, err := repo.Referrers(ctx, img.Digest, sociIndexV1)
-	if err != nil {
-		return nil, "", err
-	}
-	for _, d := range refs.Manifests {
-		add("v1", string(d.Digest))
-	}
-	return list, firstNonEmpty(refs.Reason, "the image has no index"), nil
+	return list, cmp.Or(why, "the image has no index"), err
 }
 
 func (l *ListedIndex) fill(ix *foundIndex) {
-	l.Covers = map[ztoc.Digest]int64{}
-	for layer, d := range ix.soci {
-		l.Covers[layer] = d.Size
+	for layer, d := range ix.Ztocs {
+		l.Layers++
+		if _, ok := ix.packed[layer]; !ok {
+			l.Bytes += d.Size
+		}
 	}
-	for layer, d := range ix.packed { // preferred where there are both
-		l.Covers[layer] = d.Size
-	}
-	l.Layers, l.Packed = len(l.Covers), len(ix.packed)
-	for _, n := range l.Covers {
-		l.Bytes += n
+	for layer, d := range ix.packed {
+		l.Packed++
+		l.Bytes += d.Size
+		if _, ok := ix.Ztocs[layer]; !ok {
+			l.Layers++
+		}
 	}
 	if ix.profile != nil {
 		l.Profile = true

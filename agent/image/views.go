@@ -108,7 +108,7 @@ func (o *opener) findViews(ctx context.Context) ([]*view, error) {
 		}
 	}
 	if o.index != nil {
-		o.documents += o.index.size
+		o.documents += o.index.Bytes
 	}
 	return views, nil
 }
