@@ -14,6 +14,10 @@ import (
 // maxEntryBytes bounds the entries of one layer before compression: a million files take about 60 MB.
 const maxEntryBytes = 1 << 30
 
+// maxNameBytes bounds the names of one layer together, as they are when decoded: in the packed form
+// each is written as what it does not share with the one before, so a small table could hold huge ones.
+const maxNameBytes = 512 << 20
+
 // An entryTable is the entries of a layer as they travel: the concatenation below as one zstd frame.
 //
 // One entry is, with varints as in encoding/binary:
@@ -56,6 +60,7 @@ type entryWriter struct {
 	prev Entry
 	raw  int64
 	n    int
+	name int64 // bytes of names
 }
 
 type sliceWriter []byte
@@ -97,8 +102,9 @@ func (w *entryWriter) add(e *Entry) error {
 	}
 	w.buf = appendEntry(w.buf[:0], e, &w.prev)
 	w.raw += int64(len(w.buf))
-	if w.raw > maxEntryBytes {
-		return fmt.Errorf("%w: more than %d bytes of names and attributes", ErrUnsupported, maxEntryBytes)
+	w.name += int64(len(e.Name))
+	if w.raw > maxEntryBytes || w.name > maxNameBytes {
+		return fmt.Errorf("%w: names and attributes of %d and %d bytes", ErrUnsupported, w.name, w.raw)
 	}
 	w.prev = *e
 	if _, err := w.enc.Write(w.buf); err != nil {
@@ -224,6 +230,7 @@ func appendEntry(b []byte, e, prev *Entry) []byte {
 // An entryReader takes entries from s. After an error it stays failed.
 type entryReader struct {
 	s      string
+	names  int64 // bytes of names so far
 	failed bool
 }
 
@@ -292,11 +299,15 @@ func (r *entryReader) entry(e, prev *Entry) {
 		r.failed = true
 	}
 	n := r.uvarint()
+	rest := r.string()
 	if n > uint64(len(prev.Name)) {
 		r.failed = true
 		return
 	}
-	rest := r.string()
+	if r.names += int64(n) + int64(len(rest)); r.names > maxNameBytes {
+		r.failed = true
+		return
+	}
 	switch {
 	case n == 0:
 		e.Name = rest

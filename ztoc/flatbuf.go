@@ -11,8 +11,17 @@ import (
 // Only what SOCI's two schemas use is here: tables, strings, vectors of bytes and of offsets,
 // scalars. The format is that of https://flatbuffers.dev/internals.
 type flatReader struct {
-	b   []byte
-	err error
+	b    []byte
+	err  error
+	read int // bytes of strings and vectors so far
+}
+
+// spend counts the bytes of strings and vectors that are read. In a buffer that was written honestly
+// none is read twice; many offsets to one large string would make a small file cost hours.
+func (r *flatReader) spend(n, at int) {
+	if r.read += n; r.read > len(r.b) {
+		r.fail("more strings than bytes", at)
+	}
 }
 
 func (r *flatReader) fail(what string, at int) {
@@ -134,6 +143,9 @@ func (t flatTable) vector(i, size int) (at, n int) {
 		t.r.fail("vector", at)
 		return 0, 0
 	}
+	if t.r.spend(n*size, at); t.r.err != nil {
+		return 0, 0
+	}
 	return at + 4, n
 }
 
@@ -153,6 +165,9 @@ func (r *flatReader) element(vector, i int) int {
 	return at + int(r.u32(at))
 }
 
-func (r *flatReader) stringAt(at int) string {
-	return string(r.bytes(at+4, int(r.u32(at))))
+func (r *flatReader) stringAt(at int) []byte {
+	n := int(r.u32(at))
+	b := r.bytes(at+4, n)
+	r.spend(len(b), at)
+	return b
 }

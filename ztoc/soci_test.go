@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"reflect"
 	"testing"
+
+	flatbuffers "github.com/google/flatbuffers/go"
 )
 
 func testSOCI(t testing.TB, name string) []byte {
@@ -107,6 +109,45 @@ func TestSOCICannotSay(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := EncodeSOCI(z); !errors.Is(err, ErrUnsupported) {
+		t.Fatal(err)
+	}
+}
+
+// A small file whose many entries all point to one large name would take hours to read.
+func TestSOCISharedStrings(t *testing.T) {
+	b := flatbuffers.NewBuilder(0)
+	name := b.CreateString(string(make([]byte, 1<<20)))
+	typ := b.CreateString("reg")
+	b.StartObject(14)
+	b.PrependUOffsetTSlot(fbName, name, 0)
+	b.PrependUOffsetTSlot(fbType, typ, 0)
+	b.PrependInt64Slot(fbOffset, 512, 0)
+	e := b.EndObject()
+	files := make([]flatbuffers.UOffsetT, 1<<20)
+	for i := range files {
+		files[i] = e
+	}
+	metadata := offsetVector(b, files)
+	b.StartObject(1)
+	b.PrependUOffsetTSlot(0, metadata, 0)
+	toc := b.EndObject()
+	z := &Ztoc{BlobSize: 1024, SpanSize: 1024}
+	points := b.CreateByteVector(z.sociTarCheckpoints())
+	digests := offsetVector(b, []flatbuffers.UOffsetT{b.CreateString(string(DigestOf(nil)))})
+	b.StartObject(4)
+	b.PrependUOffsetTSlot(fbDigests, digests, 0)
+	b.PrependUOffsetTSlot(fbCheckpoints, points, 0)
+	b.PrependInt8Slot(fbAlgorithm, sociTar, sociGzip)
+	info := b.EndObject()
+	version := b.CreateString(sociVersion)
+	b.StartObject(6)
+	b.PrependUOffsetTSlot(fbVersion, version, 0)
+	b.PrependUOffsetTSlot(fbTOC, toc, 0)
+	b.PrependInt64Slot(fbBlobSize, 1024, 0)
+	b.PrependInt64Slot(fbTarSize, 1024, 0)
+	b.PrependUOffsetTSlot(fbInfo, info, 0)
+	b.Finish(b.EndObject())
+	if _, err := DecodeSOCI(b.FinishedBytes()); !errors.Is(err, ErrInvalid) {
 		t.Fatal(err)
 	}
 }

@@ -46,7 +46,7 @@ type spanDigester struct {
 }
 
 func newSpanDigester() *spanDigester {
-	d := &spanDigester{in: make(chan spanEvent, 32), done: make(chan struct{}), sum: sha256.New()}
+	d := &spanDigester{in: make(chan spanEvent, 16), done: make(chan struct{}), sum: sha256.New()}
 	go d.run()
 	return d
 }
