@@ -122,7 +122,11 @@ func (im *Image) Guess(ctx context.Context, s Server) {
 	if len(args) == 0 {
 		args = append(append(args, im.Resolved.ConfigFile.Entrypoint...), im.Resolved.ConfigFile.Cmd...)
 	}
-	g := &guesser{
+	im.guesser(ctx, s).guess(ctx, args)
+}
+
+func (im *Image) guesser(ctx context.Context, s Server) *guesser {
+	return &guesser{
 		table: im.table,
 		env:   im.Resolved.ConfigFile.Env,
 		seen:  map[tree.Row]bool{},
@@ -131,7 +135,6 @@ func (im *Image) Guess(ctx context.Context, s Server) {
 		},
 		found: func(row tree.Row) { s.Ahead(ctx, im.fileProfile(row)) },
 	}
-	g.guess(ctx, args)
 }
 
 // fileProfile is the beginning of a file as a profile.
