@@ -1,0 +1,367 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"path"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/agent/store"
+	"github.com/muster-hpc/muster/lazyfs"
+	"github.com/muster-hpc/muster/lazyfs/tree"
+	"github.com/muster-hpc/muster/tests/images"
+	"github.com/muster-hpc/muster/tests/registry"
+	"github.com/muster-hpc/muster/ztoc"
+)
+
+// A world is a registry with one test image in it.
+type world struct {
+	t     *testing.T
+	proxy *registry.Proxy
+	ref   string
+}
+
+func newWorld(t *testing.T, name string) *world {
+	t.Helper()
+	layout, err := images.Get(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newWorldOf(t, layout)
+}
+
+func newWorldOf(t *testing.T, layout string) *world {
+	t.Helper()
+	h, err := registry.NewHandler(t.TempDir(), registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := registry.StartProxy(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Close() })
+	w := &world{t, p, p.Addr + "/test:latest"}
+	if _, err := registry.Push(t.Context(), w.ref, layout, "latest"); err != nil {
+		t.Fatal(err)
+	}
+	p.ResetLog()
+	return w
+}
+
+func (w *world) repo() origin.Repository {
+	w.t.Helper()
+	c, err := origin.New(origin.Options{ResolveWait: 1e9, MaxWait: 1e9})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { c.Close() })
+	ref, err := origin.ParseReference(w.ref)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	r, err := c.Repository(ref)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return r
+}
+
+func newStore(t *testing.T) *store.Store {
+	t.Helper()
+	s, err := store.Open(t.TempDir(), store.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func (w *world) try(s *store.Store, change ...func(*Options)) (*Image, error) {
+	o := Options{Repo: w.repo(), Store: s, Tool: "test"}
+	for _, c := range change {
+		c(&o)
+	}
+	im, err := Open(w.t.Context(), o)
+	if err == nil {
+		w.t.Cleanup(func() { im.Close() })
+	}
+	return im, err
+}
+
+func (w *world) open(s *store.Store, change ...func(*Options)) *Image {
+	w.t.Helper()
+	im, err := w.try(s, change...)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return im
+}
+
+func (w *world) blobBytes() int64 { return w.proxy.Bytes(registry.Match{Kind: registry.Blob}) }
+
+func modes(im *Image) (m []Mode) {
+	for _, l := range im.Layers {
+		m = append(m, l.Mode)
+	}
+	return m
+}
+
+// readSpans inflates every span of layer i through the image's means, as a mount would.
+func readSpans(im *Image, i int, w io.Writer) error {
+	l := im.Config().Layers[i]
+	for k := range l.Ztoc.NumSpans() {
+		s := l.Ztoc.Span(k)
+		packed, out := make([]byte, s.Blob.Len()), make([]byte, s.Out.Len())
+		if err := im.Config().Blobs.ReadAt(context.Background(), l.Ref, packed, s.Blob.Start, ztoc.Demand); err != nil {
+			return err
+		}
+		if err := l.Ztoc.Inflate(out, k, packed); err != nil {
+			return err
+		}
+		if _, err := w.Write(out); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkDiffIDs(t *testing.T, im *Image) {
+	t.Helper()
+	for i, l := range im.Layers {
+		h := sha256.New()
+		if err := readSpans(im, i, h); err != nil {
+			t.Fatalf("layer %d: %v", i, err)
+		}
+		got := ztoc.DigestFromSum([sha256.Size]byte(h.Sum(nil)))
+		if l.Mode != ModeTOC && l.Format != "estargz" && l.Format != "zstd:chunked" && got != im.Resolved.DiffIDs[i] {
+			t.Errorf("layer %d, %s: spans add up to %s, the diff ID is %s", i, l.Format, got, im.Resolved.DiffIDs[i])
+		}
+	}
+}
+
+// TestOpenKinds opens every kind of layer, twice, and reads all of it.
+func TestOpenKinds(t *testing.T) {
+	for name, want := range map[string]Mode{
+		"gzip": ModePulled, "gzip-members": ModePulled, "tar": ModePulled, "zstd-frames": ModePulled,
+		"gzip-giant": ModeDerived, "zstd-single": ModeDerived,
+		"estargz": ModeTOC, "zstd-chunked-stargz": ModeTOC, "zstd-chunked-podman": ModeTOC,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, name)
+			s := newStore(t)
+			im := w.open(s)
+			if m := modes(im); !slices.Contains(m, want) {
+				t.Errorf("modes are %v, none is %s; layers %+v", m, want, im.Layers)
+			}
+			checkDiffIDs(t, im)
+			if n, size := w.blobBytes(), im.Resolved.Size()+int64(len(im.Resolved.Config)); want != ModeTOC && n != size {
+				t.Errorf("%d bytes were fetched for everything, the image has %d", n, size)
+			}
+			im.Close()
+
+			w.proxy.ResetLog()
+			again := w.open(s)
+			for _, m := range modes(again) {
+				if m != ModeKept {
+					t.Errorf("the second time modes are %v", modes(again))
+				}
+			}
+			checkDiffIDs(t, again)
+			if n := w.blobBytes() - int64(len(im.Resolved.Config)); n > 0 {
+				t.Errorf("%d bytes of layers were fetched again", n)
+			}
+		})
+	}
+}
+
+// TestIndexBeside pushes an index and opens from it, on a host that has nothing.
+func TestIndexBeside(t *testing.T) {
+	w := newWorld(t, "gzip")
+	im := w.open(newStore(t))
+	x, err := im.MakeIndex(t.Context(), IndexOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := x.Push(t.Context(), w.repo()); err != nil {
+		t.Fatal(err)
+	}
+	w.proxy.ResetLog()
+	lazy := w.open(newStore(t), func(o *Options) { o.RequireLazy = true })
+	if n := w.blobBytes(); n > im.Resolved.Size()/20 {
+		t.Errorf("mounting fetched %d of %d bytes", n, im.Resolved.Size())
+	}
+	for i, l := range lazy.Layers {
+		if l.Size >= wholeBelow && l.Mode != ModeIndex {
+			t.Errorf("layer %d of %d bytes is %s: %s", i, l.Size, l.Mode, l.Reason)
+		}
+	}
+	checkDiffIDs(t, lazy)
+
+	list, why, err := ListIndexes(t.Context(), w.repo(), "")
+	if err != nil || len(list) != 1 || list[0].Digest != x.Digest || list[0].Packed == 0 {
+		t.Errorf("listed %+v, %q, %v; want the one that was pushed", list, why, err)
+	}
+	if plain := w.open(newStore(t), func(o *Options) { o.NoIndex = true }); slices.Contains(modes(plain), ModeIndex) {
+		t.Error("NoIndex used an index")
+	}
+}
+
+func TestRequireLazy(t *testing.T) {
+	w := newWorld(t, "gzip")
+	_, err := w.try(newStore(t), func(o *Options) { o.RequireLazy = true })
+	if !errors.Is(err, ErrNotLazy) || !strings.Contains(err.Error(), w.ref) {
+		t.Errorf("got %v, want ErrNotLazy with the image's name", err)
+	}
+	if n := w.proxy.Count(registry.Match{Kind: registry.Blob}); n > 1 {
+		t.Errorf("%d blobs were asked for, only the config may be", n)
+	}
+}
+
+// TestOffline opens an image again while its registry is away.
+func TestOffline(t *testing.T) {
+	w := newWorld(t, "gzip-members")
+	s := newStore(t)
+	first := w.open(s)
+	checkDiffIDs(t, first)
+	first.Close()
+	if err := w.proxy.Down(); err != nil {
+		t.Fatal(err)
+	}
+	im := w.open(s)
+	if !im.Offline {
+		t.Error("it does not say that the registry was not asked")
+	}
+	checkDiffIDs(t, im)
+	if _, err := w.try(newStore(t)); !errors.Is(err, origin.ErrUnreachable) {
+		t.Errorf("with an empty store: %v, want ErrUnreachable", err)
+	}
+}
+
+// TestDerivedAgain takes a derived blob away under a live image.
+func TestDerivedAgain(t *testing.T) {
+	w := newWorld(t, "zstd-single")
+	s := newStore(t)
+	im := w.open(s)
+	for i, l := range im.Layers {
+		if l.Mode != ModeDerived {
+			continue
+		}
+		b, err := s.Blob(im.Config().Layers[i].Ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Drop(ztoc.Range{End: im.Config().Layers[i].Ref.Size})
+		b.Close()
+	}
+	checkDiffIDs(t, im)
+}
+
+// TestWrongBytes is F8 for a first pull: one flipped byte costs a second fetch; a registry that
+// always lies is an error, and nothing of it is kept as a table.
+func TestWrongBytes(t *testing.T) {
+	w := newWorld(t, "gzip-members")
+	match := registry.Match{Kind: registry.Blob, Ref: string(w.open(newStore(t)).Resolved.Layers[0].Digest)}
+	w.proxy.Inject(match, 1, registry.FlipAt(5000))
+	checkDiffIDs(t, w.open(newStore(t)))
+
+	w.proxy.Inject(match, 0, registry.FlipAt(5000))
+	s := newStore(t)
+	if _, err := w.try(s); !errors.Is(err, ztoc.ErrMismatch) && !errors.Is(err, ztoc.ErrInvalid) {
+		t.Errorf("got %v, want ErrMismatch", err)
+	}
+	w.proxy.Clear()
+	checkDiffIDs(t, w.open(s))
+}
+
+// A reader answers a guess from an opened image without a mount.
+type reader struct {
+	im     *Image
+	wanted []lazyfs.ProfileRange
+}
+
+func (r *reader) Ahead(_ context.Context, p lazyfs.Profile) { r.wanted = append(r.wanted, p.Ranges...) }
+
+func (r *reader) ReadFile(_ context.Context, row tree.Row, p []byte, off int64) (int, error) {
+	e := r.im.Table().Extent(row, off)
+	if e.Len < int64(len(p)) {
+		return 0, io.EOF
+	}
+	var all bytes.Buffer
+	l := r.im.Config().Layers[e.Layer]
+	lo, hi := l.Ztoc.SpansOf(ztoc.Range{Start: e.Offset, End: e.Offset + int64(len(p))})
+	for k := lo; k < hi; k++ {
+		s := l.Ztoc.Span(k)
+		packed, out := make([]byte, s.Blob.Len()), make([]byte, s.Out.Len())
+		if err := r.im.Config().Blobs.ReadAt(context.Background(), l.Ref, packed, s.Blob.Start, ztoc.Demand); err != nil {
+			return 0, err
+		}
+		if err := l.Ztoc.Inflate(out, k, packed); err != nil {
+			return 0, err
+		}
+		all.Write(out)
+	}
+	return copy(p, all.Bytes()[e.Offset-l.Ztoc.Span(lo).Out.Start:]), nil
+}
+
+// TestGuess follows a program of a real Debian to its loader and libraries, directly and through a
+// script.
+func TestGuess(t *testing.T) {
+	w := newWorld(t, "debian-python")
+	im := w.open(newStore(t))
+	for _, args := range [][]string{{"python3", "-c", "1"}, {"/usr/bin/true"}} {
+		var found []string
+		r := &reader{im: im}
+		im.o.Command = args
+		im.start = "guess"
+		g := im.guesser(t.Context(), r)
+		g.found = func(row tree.Row) { found = append(found, path.Base(string(im.Table().AppendPath(nil, row)))) }
+		g.guess(t.Context(), args)
+		for _, want := range []string{"ld.so.cache", "libc.so.6"} {
+			if !slices.Contains(found, want) {
+				t.Errorf("%v: the guess is %v, without %s", args, found, want)
+			}
+		}
+		if !slices.ContainsFunc(found, func(s string) bool { return strings.HasPrefix(s, "ld-linux") }) {
+			t.Errorf("%v: the guess is %v, without the loader", args, found)
+		}
+		im.Guess(t.Context(), r)
+		if len(r.wanted) == 0 {
+			t.Errorf("%v: nothing is fetched ahead", args)
+		}
+	}
+}
+
+func TestShebang(t *testing.T) {
+	for text, want := range map[string]string{
+		"#!/bin/sh\n":                    "/bin/sh",
+		"#! /usr/bin/env python3\nx":     "/usr/bin/env python3",
+		"#!/usr/bin/env -S python3 -u\n": "/usr/bin/env",
+		"#!/usr/bin/perl -w\n":           "/usr/bin/perl",
+		"#!":                             "",
+	} {
+		got, ok := shebang(strings.NewReader(text))
+		if !ok || strings.Join(got, " ") != want {
+			t.Errorf("%q: got %q, %v, want %q", text, got, ok, want)
+		}
+	}
+	if _, ok := shebang(strings.NewReader("\x7fELF")); ok {
+		t.Error("an ELF file has no interpreter line")
+	}
+}
+
+// FuzzDynamic reads anything as an ELF file: a guess may fail, it may not hang or panic.
+func FuzzDynamic(f *testing.F) {
+	f.Add([]byte("\x7fELF"))
+	f.Fuzz(func(_ *testing.T, b []byte) {
+		dynamic(bytes.NewReader(b), "/usr/bin")
+		shebang(bytes.NewReader(b))
+	})
+}
