@@ -73,7 +73,7 @@ func (w *sliceWriter) Write(p []byte) (int, error) {
 func newEntryWriter() *entryWriter {
 	w := &entryWriter{}
 	enc, err := zstd.NewWriter(&w.out, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20),
-		zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderCRC(false))
+		zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderCRC(false))
 	if err != nil {
 		panic(err) // constant options
 	}

@@ -85,13 +85,18 @@ func DecodeSOCI(b []byte) (*Ztoc, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := z.sociEntries(toc); err != nil {
+	es, err := z.sociEntries(toc)
+	if err != nil {
 		return nil, err
 	}
 	if err := z.check(); err != nil {
 		return nil, err
 	}
-	again, err := EncodeSOCI(z)
+	// Gzip checkpoints come out as they went in: every field of them is in a row, and windows are kept raw.
+	if z.Format == FormatTar {
+		checkpoints = z.sociTarCheckpoints()
+	}
+	again, err := z.encodeSOCI(es, checkpoints)
 	if err != nil {
 		return nil, err
 	}
@@ -208,12 +213,16 @@ func (z *Ztoc) sociTarRows(b []byte, digests [][32]byte) error {
 	return nil
 }
 
-func (z *Ztoc) sociEntries(toc flatTable) error {
+func (z *Ztoc) sociEntries(toc flatTable) (es []Entry, err error) {
 	r := toc.r
 	at, n := toc.vector(0, 4)
 	if r.err != nil {
-		return r.err
+		return nil, r.err
 	}
+	if n > maxEntries {
+		return nil, fmt.Errorf("%w: SOCI ztoc with %d entries", ErrUnsupported, n)
+	}
+	es = make([]Entry, n)
 	w := newEntryWriter()
 	var next int64 // where the next header is, at least
 	for i := range n {
@@ -227,12 +236,12 @@ func (z *Ztoc) sociEntries(toc flatTable) error {
 		}
 		if err != nil {
 			w.abandon()
-			return fmt.Errorf("entry %d, %.200q: %w", i, e.Name, err)
+			return nil, fmt.Errorf("entry %d, %.200q: %w", i, e.Name, err)
 		}
+		es[i] = e
 	}
-	var err error
 	z.toc, err = w.finish()
-	return err
+	return es, err
 }
 
 func sociEntry(t flatTable) (e Entry, err error) {

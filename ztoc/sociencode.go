@@ -14,19 +14,30 @@ func EncodeSOCI(z *Ztoc) ([]byte, error) {
 	if z.Format != FormatGzip && z.Format != FormatTar {
 		return nil, fmt.Errorf("%w: SOCI has no ztoc for a %s layer", ErrUnsupported, z.Format)
 	}
-	n := z.NumSpans()
+	n := int64(z.NumSpans())
 	if n == 0 {
 		return nil, fmt.Errorf("%w: SOCI has no ztoc for an empty layer", ErrUnsupported)
+	}
+	if z.Format == FormatGzip && n*sociCheckpoint > maxSOCI {
+		return nil, fmt.Errorf("%w: SOCI's ztoc would have %d bytes of windows, more than a flatbuffer can", ErrUnsupported, n*sociCheckpoint)
 	}
 	es, err := z.Entries()
 	if err != nil {
 		return nil, err
 	}
-	checkpoints := 64
-	if z.Format == FormatGzip {
-		checkpoints = 12 + n*sociCheckpoint
+	var points []byte
+	if z.Format == FormatTar {
+		points = z.sociTarCheckpoints()
+	} else if points, err = z.sociGzipCheckpoints(); err != nil {
+		return nil, err
 	}
-	size := int64(checkpoints) + int64(n)*80 + z.toc.raw + int64(len(es))*256
+	return z.encodeSOCI(es, points)
+}
+
+// encodeSOCI writes the flatbuffer of z with these entries and checkpoints.
+func (z *Ztoc) encodeSOCI(es []Entry, points []byte) ([]byte, error) {
+	n := z.NumSpans()
+	size := int64(len(points)) + int64(n)*80 + z.toc.raw + int64(len(es))*256
 	if size > maxSOCI {
 		return nil, fmt.Errorf("%w: SOCI's ztoc for this layer would have %d bytes, more than a flatbuffer can", ErrUnsupported, size)
 	}
@@ -47,13 +58,9 @@ func EncodeSOCI(z *Ztoc) ([]byte, error) {
 	b.PrependUOffsetTSlot(0, metadata, 0)
 	toc := b.EndObject()
 
-	var points []byte
 	algorithm := int8(sociGzip)
 	if z.Format == FormatTar {
 		algorithm = sociTar
-		points = z.sociTarCheckpoints()
-	} else if points, err = z.sociGzipCheckpoints(); err != nil {
-		return nil, err
 	}
 	pointsAt := b.CreateByteVector(points)
 	digests := make([]flatbuffers.UOffsetT, n)
