@@ -48,6 +48,7 @@ type decoder struct {
 
 	lo int // matches reach back to here and not beyond
 
+	plain bool // never in assembly: tests compare
 	stage stage
 	last  bool // the current block is the last one
 	left  int  // of a stored block, bytes

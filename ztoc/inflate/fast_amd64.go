@@ -8,13 +8,13 @@ var useBMI2 = cpu.X86.HasBMI2 && cpu.X86.HasSSSE3
 // fast decodes symbols of the block while d.pos is at most inEnd and d.wp below outEnd, with at least
 // fastIn bytes of input from inEnd on and maxMatch+slack elements of output from outEnd on.
 func (d *decoder) fast(inEnd, outEnd int) int {
-	switch {
-	case d.wide != nil && useBMI2:
+	switch bmi2 := useBMI2 && !d.plain; {
+	case bmi2 && d.wide != nil:
 		return fastWideBMI2(d, d.codes, inEnd, outEnd)
+	case bmi2:
+		return fastBMI2(d, d.codes, inEnd, outEnd)
 	case d.wide != nil:
 		return fastGo(d, d.wide, inEnd, outEnd)
-	case useBMI2:
-		return fastBMI2(d, d.codes, inEnd, outEnd)
 	}
 	return fastGo(d, d.out, inEnd, outEnd)
 }

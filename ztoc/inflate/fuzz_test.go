@@ -54,6 +54,13 @@ func FuzzReader(f *testing.F) {
 			},
 		})
 		got, err := io.ReadAll(io.LimitReader(z, fuzzLimit))
+		twin := new(Reader)
+		twin.d.plain = true
+		twin.Reset(bytes.NewReader(gz), Options{})
+		plain, plainErr := io.ReadAll(io.LimitReader(twin, fuzzLimit))
+		if !bytes.Equal(got, plain) || fmt.Sprint(err) != fmt.Sprint(plainErr) {
+			t.Fatalf("%d bytes and %v, %d and %v without assembly", len(got), err, len(plain), plainErr)
+		}
 		slow, slowErr := io.ReadAll(io.LimitReader(NewReader(iotest.OneByteReader(bytes.NewReader(gz)), Options{}), fuzzLimit))
 		if !bytes.Equal(got, slow) || fmt.Sprint(err) != fmt.Sprint(slowErr) {
 			t.Fatalf("%d bytes and %v at once, %d and %v byte by byte", len(got), err, len(slow), slowErr)

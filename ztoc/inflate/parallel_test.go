@@ -226,6 +226,43 @@ func TestCoresEnd(t *testing.T) {
 	t.Errorf("%d goroutines, %d before", runtime.NumGoroutine(), before)
 }
 
+// TestWide compares decoding without a window, then resolved, with decoding with it.
+func TestWide(t *testing.T) {
+	data := large(3 << 20)
+	gz := compress(t, data, 6, gzip.Header{})
+	_, points, err := readAll(gz, 500_000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 400_000
+	wide := make([]uint16, windowSize+size+maxMatch+slack)
+	res := new(resolution)
+	for _, p := range points[1 : len(points)-1] {
+		for _, plain := range []bool{false, true} {
+			markWindow(wide)
+			d := new(decoder)
+			d.restart(nil, windowSize+size)
+			d.plain, d.wide, d.wp, d.in, d.pos = plain, wide, windowSize, gz, int(p.In)
+			if d.nb = uint(p.Bits); d.nb > 0 {
+				d.bb = uint64(gz[p.In-1] >> (8 - d.nb))
+			}
+			for s := d.run(); s != isFull; s = d.run() {
+				if s != blockEnd {
+					t.Fatalf("at %+v: status %d", p.Checkpoint, s)
+				}
+			}
+			var before window
+			copy(before.b[:], p.window)
+			res.set(&before)
+			dst := make([]byte, size)
+			res.resolve(dst, wide[windowSize:][:size])
+			if !bytes.Equal(dst, data[p.Out:][:size]) {
+				t.Fatalf("at %+v, plain %v: wrong data", p.Checkpoint, plain)
+			}
+		}
+	}
+}
+
 func TestCombine(t *testing.T) {
 	data := samples()["mixed"]
 	for _, n := range []int{0, 1, 7, 100, 65_536, len(data)} {

@@ -162,6 +162,12 @@ func TestReader(t *testing.T) {
 					}
 					checkSpans(t, gz, data, points)
 				}
+				twin := new(Reader)
+				twin.d.plain = true
+				twin.Reset(bytes.NewReader(gz), Options{})
+				if got, err := io.ReadAll(twin); err != nil || !bytes.Equal(got, data) {
+					t.Fatalf("without assembly: %d bytes of %d, %v", len(got), len(data), err)
+				}
 				for how, r := range map[string]io.Reader{
 					"one byte at a time": iotest.OneByteReader(bytes.NewReader(gz)),
 					"error with data":    iotest.DataErrReader(iotest.HalfReader(bytes.NewReader(gz))),
