@@ -29,6 +29,9 @@ type BuildOptions struct {
 	HashInflated bool
 	// MaxBlock is the largest deflate block or zstd frame that may be in one span. 0: MaxBlock.
 	MaxBlock int64
+	// Cores is how many cores may inflate one gzip layer at once; hashing comes on top. 0: one.
+	// More help a first pull when the layer is large and the node idle.
+	Cores int
 	// Progress is called from time to time with the bytes of the blob taken in and of the layer
 	// inflated so far, on a goroutine of Build's.
 	Progress func(blob, inflated int64)

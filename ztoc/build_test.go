@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -154,6 +155,43 @@ func TestBuildGzip(t *testing.T) {
 		t.Fatal("entries differ in SOCI's form")
 	}
 	t.Logf("%d spans, blob %d, packed %d, SOCI %d", z.NumSpans(), len(blob), len(packed), len(soci))
+}
+
+// Any number of cores gives the same table.
+func TestBuildCores(t *testing.T) {
+	var layer []byte
+	fs := someFiles(45)
+	for i := range 12 {
+		fs = append(fs, file{hdr: tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprint("big-", i), Mode: 0o644}, body: text(uint64(i), 2<<20)})
+	}
+	layer = tarOf(t, fs...)
+	blob := gz(t, layer)
+	var want []byte
+	for _, cores := range []int{1, 2, 3} {
+		z, _, err := Build(bytes.NewReader(blob), BuildOptions{Cores: cores, Want: DigestOf(blob), DiffID: DigestOf(layer)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := Pack(z)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want == nil {
+			want = b
+		}
+		if !bytes.Equal(b, want) {
+			t.Fatalf("%d cores give another table", cores)
+		}
+		if _, _, err := Build(bytes.NewReader(blob[:len(blob)/2]), BuildOptions{Cores: cores}); !errors.Is(err, ErrInvalid) {
+			t.Fatal(err)
+		}
+		bad := bytes.Clone(layer)
+		copy(bad[len(bad)/2:], "no longer a tar archive")
+		clear(bad[:512])
+		if _, _, err := Build(bytes.NewReader(gz(t, bad)), BuildOptions{Cores: cores}); !errors.Is(err, ErrInvalid) {
+			t.Fatal(err)
+		}
+	}
 }
 
 // checkEntries compares the entries of z with what archive/tar reads from the layer, contents included.

@@ -20,7 +20,8 @@ import (
 func (l *layer) source(f Format, blob io.Reader) (io.Reader, func()) {
 	switch f {
 	case FormatGzip:
-		return l.gzipSpans(blob), func() {}
+		z := l.gzipSpans(blob)
+		return z, z.z.Close
 	case FormatZstd:
 		z := &zstdSpans{l: l, f: frameReader{r: bufio.NewReaderSize(blob, 64<<10), limit: l.o.MaxBlock}}
 		return z, z.close
@@ -29,12 +30,13 @@ func (l *layer) source(f Format, blob io.Reader) (io.Reader, func()) {
 }
 
 // gzipSpans inflates gzip and cuts a span at each checkpoint.
-func (l *layer) gzipSpans(blob io.Reader) io.Reader {
+func (l *layer) gzipSpans(blob io.Reader) *gzipReader {
 	var z *inflate.Reader
 	first := true
 	z = inflate.NewReader(blob, inflate.Options{
 		// SOCI cuts where more than its span size has been inflated since the last checkpoint.
 		Interval: l.o.SpanSize + 1,
+		Cores:    l.o.Cores,
 		OnCheckpoint: func(c inflate.Checkpoint, window []byte) error {
 			if z.MaxBlock() > l.o.MaxBlock {
 				l.giveUp()
