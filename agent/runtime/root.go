@@ -142,6 +142,12 @@ func (s *stage) dev() error {
 			return err
 		}
 	}
+	if s.o.Terminal {
+		// A runtime may mount the terminal here, too.
+		if err := os.WriteFile(filepath.Join(s.root, "dev/console"), nil, 0o600); err != nil {
+			return err
+		}
+	}
 	options := "newinstance,ptmxmode=0666,mode=0620"
 	if !s.user {
 		options += ",gid=5" // tty, in every distribution

@@ -121,6 +121,10 @@ func (s *stage) startRunc(binary string, p process) (running, error) {
 }
 
 func (s *stage) startCrun(binary string, p process) (running, error) {
+	// crun refuses the two hierarchies of a hybrid host, also when it is to leave both alone.
+	if _, err := os.Stat("/sys/fs/cgroup/unified/cgroup.procs"); err == nil {
+		_ = unix.Mount("/sys/fs/cgroup/unified", "/sys/fs/cgroup", "", unix.MS_BIND, "")
+	}
 	return s.startOCI(binary, p, "--cgroup-manager=disabled")
 }
 

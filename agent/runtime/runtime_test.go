@@ -202,13 +202,14 @@ const visitor = 4242
 // everywhere runs f with each runtime that the test machine has, as root and as a user.
 func everywhere(t *testing.T, f func(t *testing.T, r trial)) {
 	t.Helper()
-	for _, need := range []struct{ name, debian string }{{"runc", "runc"}, {"bwrap", "bubblewrap"}, {"ch-run", "charliecloud"}} {
+	for _, need := range []struct{ name, debian string }{{"runc", "runc"}, {"crun", "crun"}, {"bwrap", "bubblewrap"}, {"ch-run", "charliecloud-runtime"}} {
 		if Installed(need.name) == "" {
 			t.Fatalf("%s is needed: apt-get install %s", need.name, need.debian)
 		}
 	}
 	for _, r := range []trial{
 		{runtime: "runc"},
+		{runtime: "crun"},
 		{runtime: "builtin"},
 		{runtime: "builtin", as: visitor},
 		{runtime: "bwrap", as: visitor},
@@ -471,7 +472,7 @@ func state(t *testing.T) []string {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(mounts)) {
-		if f := strings.Fields(line); strings.Contains(line, "muster") && len(f) > 4 {
+		if f := strings.Fields(line); len(f) > 4 && slices.ContainsFunc(f, func(s string) bool { return s == "muster-run" || s == "muster-root" || s == "muster-dev" }) {
 			all = append(all, "mount "+f[4])
 		}
 	}

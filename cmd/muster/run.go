@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	goruntime "runtime"
 	"slices"
 	"strings"
 	"time"
@@ -149,7 +150,14 @@ func (a *app) run(ctx context.Context, f runFlags, ref string, args []string) er
 	if err != nil {
 		return fmt.Errorf("%s: %w", ref, err)
 	}
-	server, err := lazyfs.New(img.Config())
+	serve := img.Config()
+	if serve.Compat, err = lazyfs.ParseCompat(os.Getenv(lazyfs.CompatVariable)); err != nil {
+		return usage(err)
+	}
+	// Requests that need no inflating must find a processor while others inflate.
+	serve.Inflaters = goruntime.GOMAXPROCS(0)
+	goruntime.GOMAXPROCS(serve.Inflaters + 2)
+	server, err := lazyfs.New(serve)
 	if err != nil {
 		return fmt.Errorf("%s: %w", ref, err)
 	}

@@ -6,9 +6,10 @@
 //
 //  1. Make an empty directory and give it to the tests as TMPDIR.
 //  2. Run go test -json; print the output of tests that fail and one line for each package.
-//  3. Look for what is left: a mount beneath the directory or made by muster in this run, a process
-//     that carries the directory in its environment, a file in the directory. Each is a failure,
-//     named with what it takes to find the test that left it. Then clean up.
+//  3. Look for what is left: a mount beneath the directory or of muster's, a process that carries the
+//     directory in its environment, a file in the directory, or one called muster… in /tmp, /var/tmp,
+//     /dev/shm or /run that was not there before. Each is a failure, named with what it takes to find
+//     the test that left it. Then clean up.
 //  4. Print "N passed, N failed" as the last line.
 //
 // A process that clears its environment and is not in the directory's mounts is not found; every
@@ -58,7 +59,7 @@ func gate(args []string) int {
 		fmt.Fprintln(os.Stderr, "gate:", err)
 		return 1
 	}
-	before := musterMounts(dir)
+	before, files := musterMounts(dir), elsewhere()
 
 	cmd := exec.Command("go", args...)
 	cmd.Env = append(os.Environ(), "TMPDIR="+dir)
@@ -77,7 +78,7 @@ func gate(args []string) int {
 		fmt.Println("FAIL go test:", err)
 		count.failed++
 	}
-	for _, l := range leftovers(dir, before) {
+	for _, l := range leftovers(dir, before, files) {
 		fmt.Println("FAIL left behind:", l)
 		count.failed++
 	}
@@ -155,7 +156,7 @@ func follow(r io.Reader, w io.Writer) (n tally) {
 }
 
 // leftovers waits up to five seconds for what is on its way out, then names what stayed.
-func leftovers(dir string, before map[string]bool) []string {
+func leftovers(dir string, before, filesBefore map[string]bool) []string {
 	var left []string
 	for wait := 0; wait < 50; wait++ {
 		left = left[:0]
@@ -166,6 +167,11 @@ func leftovers(dir string, before map[string]bool) []string {
 		}
 		left = append(left, processes(dir)...)
 		left = append(left, files(dir)...)
+		for f := range elsewhere() {
+			if !filesBefore[f] && f != dir {
+				left = append(left, "file "+f)
+			}
+		}
 		if len(left) == 0 {
 			return nil
 		}
@@ -180,7 +186,7 @@ func leftovers(dir string, before map[string]bool) []string {
 	return left
 }
 
-// musterMounts is the set of mount points beneath dir, of whatever kind.
+// musterMounts is the set of mount points beneath dir, of whatever kind, and of muster's everywhere.
 func musterMounts(dir string) map[string]bool {
 	mounts := map[string]bool{}
 	b, err := os.ReadFile("/proc/self/mountinfo")
@@ -196,11 +202,24 @@ func musterMounts(dir string) map[string]bool {
 		if err != nil {
 			at = f[4]
 		}
-		if strings.HasPrefix(at, dir+"/") {
+		if strings.HasPrefix(at, dir+"/") || strings.Contains(line, " - fuse.muster ") || strings.Contains(line, " muster-r") {
 			mounts[at] = true
 		}
 	}
 	return mounts
+}
+
+// elsewhere is what tests that cannot use TMPDIR (it may be on tmpfs, or hidden from a container) leave:
+// everything called muster… in the usual places.
+func elsewhere() map[string]bool {
+	found := map[string]bool{}
+	for _, pattern := range []string{"/tmp/muster*", "/var/tmp/muster*", "/dev/shm/muster*", "/run/muster*"} {
+		names, _ := filepath.Glob(pattern)
+		for _, n := range names {
+			found[n] = true
+		}
+	}
+	return found
 }
 
 // processes names every process, other than this one, that has dir in its environment.
