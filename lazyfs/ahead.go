@@ -49,7 +49,7 @@ func (s *Server) follow(where []stretch, row tree.Row, left int64) {
 		if st.done < streamStart {
 			continue
 		}
-		limit := s.layerSize(x.layer)
+		limit := inflatedSize(s.layers[x.layer])
 		if st.files == 1 {
 			limit = min(limit, x.off+left)
 		}
@@ -110,10 +110,10 @@ func appendRange(r []ztoc.Range, x ztoc.Range) []ztoc.Range {
 	return append(r, x)
 }
 
-func (s *Server) layerSize(layer int) int64 {
-	z := s.layers[layer].Ztoc
-	if n := z.NumSpans(); n > 0 {
-		return z.Span(n - 1).Out.End
+// inflatedSize is the length of an inflated layer in bytes.
+func inflatedSize(l Layer) int64 {
+	if n := l.Ztoc.NumSpans(); n > 0 {
+		return l.Ztoc.Span(n - 1).Out.End
 	}
 	return 0
 }
@@ -182,7 +182,7 @@ func (s *Server) unitsOf(p Profile) (units []unitID) {
 		if r.Layer < 0 || r.Layer >= len(s.layers) {
 			continue
 		}
-		for at, end := max(r.Start, 0), min(r.End, s.layerSize(r.Layer)); at < end; {
+		for at, end := max(r.Start, 0), min(r.End, inflatedSize(s.layers[r.Layer])); at < end; {
 			id, next := s.unitAt(r.Layer, at)
 			if id == zeroUnit {
 				break

@@ -29,17 +29,18 @@ const (
 // A unit is a span or piece that is at hand or on its way. All fields are guarded by Server.mu, except that
 // buf is read without it by whoever holds a reference.
 type unit struct {
-	id     unitID
-	size   int64 // inflated bytes
-	packed int64 // compressed bytes, 0 for the warm file's
-	state  unitState
-	queue  *queue // while queued
-	lane   *lane  // while loading: whose limits it counts against
-	demand bool   // somebody waits for it
-	poked  bool   // its fetch, begun ahead, was raised to demand
-	ahead  *int64 // budget it counts against until somebody reads it; nil: read, or asked for
-	refs   int    // users of buf
-	buf    []byte
+	id       unitID
+	size     int64 // inflated bytes
+	packed   int64 // compressed bytes, 0 for the warm file's
+	state    unitState
+	queue    *queue // while queued
+	lane     *lane  // while loading: whose limits it counts against
+	demand   bool   // somebody waits for it
+	fetching bool   // Blobs has been asked
+	poked    bool   // with the priority of demand, from the start or later
+	ahead    *int64 // budget it counts against until somebody reads it; nil: read, or asked for
+	refs     int    // users of buf
+	buf      []byte
 
 	first, last *miss // reads that wait for it, first come first
 	prev, next  *unit // LRU list

@@ -3,7 +3,11 @@ package lazyfs_test
 import (
 	"archive/tar"
 	"bytes"
+	"context"
+	"errors"
+	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -86,6 +90,60 @@ func TestTreeThroughTheMount(t *testing.T) {
 			}
 		}
 	})
+}
+
+// fusermount3 mounts for those who may not do it themselves.
+func TestMountByHelper(t *testing.T) {
+	if _, err := exec.LookPath("fusermount3"); err != nil {
+		t.Fatal("this test needs fusermount3 (package fuse3)")
+	}
+	img := small(t)
+	dir := t.TempDir()
+	dev, err := lazyfs.Mount(t.Context(), dir, lazyfs.MountOptions{Name: "Test,with\\ odd name", AllowOther: true, Helper: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	s, err := lazyfs.New(lazyfs.Config{Table: img.table, Layers: img.layers, Blobs: &memory{blobs: img.blobs}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(context.Background(), dev) }()
+	out, err := exec.Command("cat", filepath.Join(dir, "etc/hostname")).Output()
+	if err != nil || string(out) != "localhost\n" {
+		t.Errorf("%q, %v", out, err)
+	}
+	if c, err := lazyfs.Mounted(dir); err != nil || c.Source != "muster#Test_with__odd_name" {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if busy, err := lazyfs.Unmount(t.Context(), dir); busy || err != nil {
+		t.Errorf("busy %v, %v", busy, err)
+	}
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("serve did not end")
+	}
+}
+
+func TestMountFails(t *testing.T) {
+	f := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(f, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lazyfs.Mount(t.Context(), f, lazyfs.MountOptions{}); !isErrno(err, unix.ENOTDIR) {
+		t.Error(err)
+	}
+	if _, err := lazyfs.Mount(t.Context(), f+"none", lazyfs.MountOptions{}); !os.IsNotExist(err) {
+		t.Error(err)
+	}
+	if _, err := lazyfs.Mounted(f); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
 }
 
 func isErrno(err error, want syscall.Errno) bool {

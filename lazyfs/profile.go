@@ -105,7 +105,7 @@ func (p Profile) Merge(others ...Profile) Profile {
 	var m coverage
 	for _, o := range append([]Profile{p}, others...) {
 		for _, r := range o.Ranges {
-			if r.Layer >= 0 && r.Layer < maxLayers && r.Start >= 0 {
+			if r.Layer >= 0 && r.Layer < maxLayers && r.Start >= 0 && r.Start < r.End {
 				m.add(r.Layer, r.Start, r.End)
 			}
 		}

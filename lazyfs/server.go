@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"runtime"
@@ -93,7 +94,11 @@ type Config struct {
 	// OnProfile gets what was read, once: when readers have been quiet, or when Serve ends before. It is not
 	// called when nothing was read. It may take its time.
 	OnProfile func(Profile)
-	Log       *slog.Logger
+	// KeepWarm is called after OnProfile when readers have been quiet and Warm lacks something of what was read or of
+	// Profile: it calls write with where the warm file goes, for the next mount. That takes a few seconds, as it rests between
+	// spans; it happens once, and may fail.
+	KeepWarm func(write func(io.Writer) error) error
+	Log      *slog.Logger
 }
 
 // A Server serves one mounted image. It keeps nothing about inodes: node IDs are rows of the table.

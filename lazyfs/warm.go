@@ -13,8 +13,11 @@ import (
 	"os"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/muster-hpc/muster/ztoc"
 )
 
 // The warm file holds the inflated bytes of a profile, in its order, so that the next start of the same
@@ -69,9 +72,15 @@ func layersSum(layers []Layer) [sha256.Size]byte {
 	return [sha256.Size]byte(h.Sum(nil))
 }
 
-// WriteWarm writes the warm file of p to w. The bytes come from what s has at hand, or are loaded at the lowest
-// priority. s must be serving.
-func (s *Server) WriteWarm(ctx context.Context, w io.Writer, p Profile) error {
+// WriteWarm writes the warm file of p to w. It needs no server: bytes come from blobs with the priority of a prefetch and
+// are inflated one span after the other, in the calling goroutine; a few spans are remembered, because profiles come
+// back to them.
+func WriteWarm(ctx context.Context, w io.Writer, layers []Layer, blobs Blobs, p Profile) error {
+	return writeWarm(ctx, w, &inflater{layers: layers, blobs: blobs, budget: 16 << 20}, p)
+}
+
+func writeWarm(ctx context.Context, w io.Writer, in *inflater, p Profile) error {
+	layers := in.layers
 	head := make([]byte, warmHeader)
 	copy(head, warmMagic)
 	binary.LittleEndian.PutUint32(head[len(warmMagic):], warmVersion)
@@ -81,14 +90,18 @@ func (s *Server) WriteWarm(ctx context.Context, w io.Writer, p Profile) error {
 	var index []byte
 	pieces := uint64(0)
 	buf := make([]byte, 0, WarmPiece)
+	var there Profile
 	for _, r := range p.Ranges {
-		if r.Layer < 0 || r.Layer >= len(s.layers) {
-			continue
+		if r.Layer >= 0 && r.Layer < len(layers) {
+			r.End = min(r.End, inflatedSize(layers[r.Layer]))
+			there.Ranges = append(there.Ranges, r)
 		}
-		end := min(r.End, s.layerSize(r.Layer))
-		for at := max(r.Start, 0); at < end && pieces < maxWarmPieces; {
+	}
+	for _, r := range (Profile{}).Merge(there).Ranges { // no byte twice
+		end := r.End
+		for at := r.Start; at < end && pieces < maxWarmPieces; {
 			buf = buf[:min(end-at, WarmPiece)]
-			if err := s.readLayer(ctx, r.Layer, at, buf); err != nil {
+			if err := in.read(ctx, r.Layer, at, buf); err != nil {
 				return fmt.Errorf("warm file: %w", err)
 			}
 			if _, err := w.Write(buf); err != nil {
@@ -103,13 +116,85 @@ func (s *Server) WriteWarm(ctx context.Context, w io.Writer, p Profile) error {
 			at += int64(len(buf))
 		}
 	}
-	layers := layersSum(s.layers)
+	belongs := layersSum(layers)
 	tail := binary.LittleEndian.AppendUint64(index, pieces)
-	tail = append(tail, layers[:]...)
+	tail = append(tail, belongs[:]...)
 	sum := sha256.Sum256(tail)
 	tail = append(append(tail, sum[:]...), warmMagic...)
 	_, err := w.Write(tail)
 	return err
+}
+
+// An inflater reads inflated layers, with the spans it needed last at hand.
+type inflater struct {
+	layers []Layer
+	blobs  Blobs
+	budget int        // bytes of spans
+	held   int        // of it
+	spans  []inflated // last used last
+	rest   int        // after each span, this many times as long as it took
+}
+
+type inflated struct {
+	id  unitID
+	buf []byte
+}
+
+func (in *inflater) read(ctx context.Context, layer int, off int64, p []byte) error {
+	z := in.layers[layer].Ztoc
+	for len(p) > 0 {
+		i, hi := z.SpansOf(ztoc.Range{Start: off, End: off + 1})
+		if i >= hi {
+			return fmt.Errorf("layer %d has no byte %d", layer, off)
+		}
+		b, err := in.span(ctx, layer, i)
+		if err != nil {
+			return err
+		}
+		n := copy(p, b[off-z.Span(i).Out.Start:])
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+func (in *inflater) span(ctx context.Context, layer, i int) ([]byte, error) {
+	id := unitOf(layer, i)
+	if at := slices.IndexFunc(in.spans, func(s inflated) bool { return s.id == id }); at >= 0 {
+		s := in.spans[at]
+		in.spans = append(slices.Delete(in.spans, at, at+1), s)
+		return s.buf, nil
+	}
+	l := in.layers[layer]
+	span := l.Ztoc.Span(i)
+	packed := make([]byte, span.Blob.Len())
+	buf := make([]byte, span.Out.Len())
+	began := time.Now()
+	for try := 0; ; try++ {
+		if err := in.blobs.ReadAt(ctx, l.Ref, packed, span.Blob.Start, ztoc.Prefetch); err != nil {
+			return nil, err
+		}
+		err := l.Ztoc.Inflate(buf, i, packed)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, ztoc.ErrMismatch) {
+			return nil, err
+		}
+		if e := in.blobs.Reject(l.Ref, span.Blob, err); e != nil || try == maxRejects {
+			return nil, errors.Join(e, err)
+		}
+	}
+	select {
+	case <-time.After(time.Duration(in.rest) * time.Since(began)):
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	in.spans = append(in.spans, inflated{id, buf})
+	for in.held += len(buf); in.held > in.budget && len(in.spans) > 1; {
+		in.held -= len(in.spans[0].buf)
+		in.spans = slices.Delete(in.spans, 0, 1)
+	}
+	return buf, nil
 }
 
 func openWarm(f *os.File, layers []Layer) (*warm, error) {
@@ -219,6 +304,20 @@ func (w *warm) read(p []byte, piece int) error {
 		return fmt.Errorf("piece %d at %d: %w", piece, m.at, err)
 	}
 	return nil
+}
+
+// covers reports whether w has every byte of p.
+func (w *warm) covers(p Profile) bool {
+	for _, r := range p.Ranges {
+		for at := r.Start; at < r.End; {
+			piece, _, have := w.find(r.Layer, at)
+			if piece < 0 {
+				return false
+			}
+			at += have
+		}
+	}
+	return true
 }
 
 // advise asks the kernel to read the file ahead, which it does in the background.

@@ -35,7 +35,7 @@ func (s *Server) isNear(u *unit) bool {
 // that wait.
 func (s *Server) demand(u *unit, urgent bool) {
 	if u.state == loading {
-		if !u.demand && u.id.source() != warmSource && !u.poked {
+		if u.fetching && !u.poked {
 			u.poked = true
 			go s.poke(s.layers[u.id.source()], s.layers[u.id.source()].Ztoc.Span(u.id.index()).Blob)
 		}
@@ -222,6 +222,7 @@ func (s *Server) load(u *unit) error {
 func (s *Server) priority(u *unit) ztoc.Priority {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	u.fetching = true
 	if u.demand {
 		u.poked = true // need not be raised
 		return ztoc.Demand

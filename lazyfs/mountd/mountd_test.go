@@ -120,8 +120,9 @@ func (b slowFile) ReadAt(ctx context.Context, _ ztoc.BlobRef, p []byte, off int6
 
 func (slowFile) Reject(ztoc.BlobRef, ztoc.Range, error) error { return errors.New("not again") }
 
-// picture makes an image with one file, "data", of size bytes and a directory, and returns where it is and the file's hash.
-func picture(t *testing.T, size int) (dir string, sum [32]byte) {
+// picture makes an image with one file, "data", of size bytes, a directory, and as many empty files as asked for. It
+// returns where it is and the file's hash.
+func picture(t *testing.T, size, empty int) (dir string, sum [32]byte) {
 	t.Helper()
 	dir = t.TempDir()
 	r := rand.New(rand.NewPCG(1, uint64(size)))
@@ -141,6 +142,11 @@ func picture(t *testing.T, size int) (dir string, sum [32]byte) {
 		}
 	}
 	tw.Write(data)
+	for i := range empty {
+		if err := tw.WriteHeader(&tar.Header{Name: fmt.Sprintf("many/%03d/%05d", i/200, i), Mode: 0o644}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	tw.Close()
 	zw.Close()
 	z, _, err := ztoc.Build(bytes.NewReader(buf.Bytes()), ztoc.BuildOptions{SpanSize: 1 << 20})
@@ -276,7 +282,7 @@ func TestMountAndUnmount(t *testing.T) {
 	for _, compat := range []string{"", string(lazyfs.Compat514)} {
 		t.Run("compat="+compat, func(t *testing.T) {
 			t.Setenv(lazyfs.CompatVariable, compat)
-			dir, sum := picture(t, 5<<20)
+			dir, sum := picture(t, 5<<20, 0)
 			var events []string
 			m, err := start(t, order{Dir: dir}, func(o *mountd.Options) { o.OnEvent = func(b []byte) { events = append(events, string(b)) } })
 			if err != nil {
@@ -324,7 +330,7 @@ func TestServerIsReplaced(t *testing.T) {
 	for _, compat := range []string{"", string(lazyfs.Compat514)} {
 		t.Run("compat="+compat, func(t *testing.T) {
 			t.Setenv(lazyfs.CompatVariable, compat)
-			dir, sum := picture(t, 24<<20)
+			dir, sum := picture(t, 24<<20, 0)
 			m, err := start(t, order{Dir: dir, Delay: 20 * time.Millisecond}, nil)
 			if err != nil {
 				t.Fatal(err)
@@ -353,7 +359,7 @@ func TestServerIsReplaced(t *testing.T) {
 }
 
 func TestTooManyDeaths(t *testing.T) {
-	dir, _ := picture(t, 1<<20)
+	dir, _ := picture(t, 1<<20, 0)
 	m, err := start(t, order{Dir: dir}, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -369,7 +375,7 @@ func TestTooManyDeaths(t *testing.T) {
 }
 
 func TestParentIsKilled(t *testing.T) {
-	dir, _ := picture(t, 1<<20)
+	dir, _ := picture(t, 1<<20, 0)
 	m, err := start(t, order{Dir: dir}, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -379,7 +385,7 @@ func TestParentIsKilled(t *testing.T) {
 }
 
 func TestParentIsTerminated(t *testing.T) {
-	dir, _ := picture(t, 1<<20)
+	dir, _ := picture(t, 1<<20, 0)
 	m, err := start(t, order{Dir: dir}, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -389,7 +395,7 @@ func TestParentIsTerminated(t *testing.T) {
 }
 
 func TestUnmountWithAProcessInside(t *testing.T) {
-	dir, _ := picture(t, 1<<20)
+	dir, _ := picture(t, 1<<20, 0)
 	m, err := start(t, order{Dir: dir}, func(o *mountd.Options) { o.Linger = 300 * time.Millisecond })
 	if err != nil {
 		t.Fatal(err)
@@ -407,4 +413,83 @@ func TestUnmountWithAProcessInside(t *testing.T) {
 		t.Errorf("still mounted: %v", err)
 	}
 	gone(t, m.Dir, 3*time.Second)
+}
+
+// private is the memory that the processes of a mount have for themselves, bytes.
+func private(t *testing.T, dir string) (n int) {
+	t.Helper()
+	for _, pid := range append(processes("parent", dir), processes("server", dir)...) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, key := range []string{"RssAnon:", "RssShmem:"} {
+			_, after, _ := strings.Cut(string(b), key)
+			var kb int
+			fmt.Sscan(after, &kb)
+			n += kb << 10
+		}
+	}
+	return n
+}
+
+func TestMemory(t *testing.T) {
+	const size = 96 << 20
+	dir, sum := picture(t, size, 50_000)
+	m, err := start(t, order{Dir: dir}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("find", m.Dir, "-printf", "%s").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if n := private(t, m.Dir); n > 30<<20 {
+		t.Errorf("%d MiB with 50,000 inodes", n>>20)
+	}
+	if hash(t, filepath.Join(m.Dir, "data")) != sum {
+		t.Error("wrong content")
+	}
+	if n := private(t, m.Dir); n > 120<<20 {
+		t.Errorf("%d MiB after reading everything", n>>20)
+	} else {
+		t.Logf("%d MiB after reading everything", n>>20)
+	}
+	if _, err := m.Unmount(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+
+	// 500 readers whose bytes do not come, in a mount that has read nothing.
+	if m, err = start(t, order{Dir: dir, Delay: time.Hour}, nil); err != nil {
+		t.Fatal(err)
+	}
+	script := `my @p; for my $i (0..499) { my $p = fork; if (!$p) { open my $f, "<", $ARGV[0]; sysseek $f, $i * 200000, 0; sysread $f, my $b, 4096; exit } push @p, $p }
+print "started\n"; <STDIN>; kill 9, @p; wait for @p`
+	readers := exec.Command("perl", "-e", "$| = 1; "+script, filepath.Join(m.Dir, "data"))
+	stdin, err := readers.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := readers.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := readers.Start(); err != nil {
+		t.Fatal("this test needs perl (package perl-base): ", err)
+	}
+	stdout.Read(make([]byte, 10))
+	time.Sleep(500 * time.Millisecond)
+	if n := private(t, m.Dir); n > 120<<20 {
+		t.Errorf("%d MiB with 500 readers waiting", n>>20)
+	} else {
+		t.Logf("%d MiB with 500 readers waiting", n>>20)
+	}
+	began := time.Now()
+	stdin.Close()
+	if err := readers.Wait(); err != nil || time.Since(began) > 3*time.Second {
+		t.Errorf("readers ended after %v: %v", time.Since(began), err)
+	}
+	gone := time.Now()
+	if busy, err := m.Unmount(t.Context()); err != nil || busy || time.Since(gone) > 5*time.Second {
+		t.Errorf("unmount after %v: busy %v, %v", time.Since(gone), busy, err)
+	}
 }
