@@ -107,6 +107,7 @@ var sentinels = []struct {
 	{origin.ErrTooMany, exitUnreachable},
 	{origin.ErrProtocol, exitUnreachable},
 	{origin.ErrUnsupported, exitUnsupported},
+	{ztoc.ErrUnsupported, exitUnsupported},
 	{store.ErrNoSpace, exitNoSpace},
 	{runtime.ErrNoSpace, exitNoSpace},
 	{unix.ENOSPC, exitNoSpace},
