@@ -9,9 +9,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/muster-hpc/muster/tests/e2e/compare"
 	"github.com/muster-hpc/muster/tests/images"
@@ -29,21 +32,58 @@ func TestTreeEqualsUnpack(t *testing.T) {
 		if !long && (name == "debian-scipy" || name == "one-layer") {
 			continue // 900 MB each, of the same packages as debian-python
 		}
-		t.Run(name, func(t *testing.T) {
-			for _, user := range []uint32{0, somebody} {
-				t.Run(map[bool]string{true: "image", false: "user"}[user == 0], func(t *testing.T) {
-					h := newHost(t, user)
-					dir := h.mount(image(t, name))
-					began := time.Now()
-					root := h.unpack(layout(t, plain))
-					got, want := h.walk(dir), h.walk(root)
-					report(t, compare.Diff(got, want, compare.DiffOptions{
-						UnpackedAt: began, Rootless: user != 0, IgnorePaths: markers(name),
-					}))
-				})
+		for _, user := range []uint32{0, somebody} {
+			if !long && user != 0 && (name == "estargz-50k" || plain == "gzip" && name != "gzip") {
+				continue // nothing about them is different for a user, and umoci takes long
 			}
-		})
+			t.Run(name+map[bool]string{true: "/image", false: "/user"}[user == 0], func(t *testing.T) {
+				t.Parallel()
+				h := newHost(t, user)
+				want := h.unpacked(plain)
+				got := h.walk(h.mount(image(t, name)))
+				report(t, compare.Diff(got, want.list, compare.DiffOptions{
+					UnpackedAt: want.began, Rootless: user != 0, IgnorePaths: markers(name),
+				}))
+			})
+		}
 	}
+}
+
+// An unpacking is the listing of an image as umoci unpacked it.
+type unpacking struct {
+	once  sync.Once
+	list  compare.Listing
+	began time.Time
+}
+
+// unpackings has them by user and diff IDs: images of the same archives are unpacked once.
+var unpackings sync.Map
+
+// unpacked is what umoci makes of an image, for the host's user.
+func (h *host) unpacked(name string) *unpacking {
+	h.t.Helper()
+	layers, err := images.ReadLayout(layout(h.t, name))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	key := fmt.Sprint(h.user)
+	for _, l := range layers {
+		key += " " + l.DiffID
+	}
+	v, _ := unpackings.LoadOrStore(key, new(unpacking))
+	u := v.(*unpacking)
+	u.once.Do(func() {
+		u.began = time.Now()
+		root := h.unpack(layout(h.t, name))
+		u.list = h.walk(root)
+		if err := os.RemoveAll(filepath.Dir(root)); err != nil {
+			h.t.Error(err)
+		}
+	})
+	if u.list == nil {
+		h.t.Fatal("umoci did not unpack it, see the test that tried first")
+	}
+	return u
 }
 
 // markers are the files that an image's own builder added and its plain form lacks.
@@ -66,14 +106,14 @@ func report(t *testing.T, diff []string) {
 // unpack unpacks a layout as the host's user would with umoci.
 func (h *host) unpack(layout string) string {
 	h.t.Helper()
-	bundle := filepath.Join(tempDir(h.t, h.user), "bundle")
+	bundle := filepath.Join(h.newDir(), "bundle")
 	args := []string{"unpack", "--image", layout + ":latest", bundle}
 	if h.user != 0 {
 		args = slices.Insert(args, 1, "--rootless")
 	}
 	cmd := exec.Command("umoci", args...)
 	cmd.Dir = "/"
-	cmd.Env = append(os.Environ(), "HOME="+h.store)
+	cmd.Env = append(os.Environ(), "HOME="+h.dir)
 	if h.user != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: h.user, Gid: h.user}}
 	}
@@ -84,23 +124,16 @@ func (h *host) unpack(layout string) string {
 }
 
 // walkAsUser lists a tree in a process of the host's user: a user's mount is closed to everybody else,
-// root included.
+// root included. The process may read whatever its modes are: an owner could change them in the unpacked
+// tree, in the mount nobody can.
 func (h *host) walkAsUser(dir string) compare.Listing {
 	h.t.Helper()
-	self := filepath.Join(filepath.Dir(binary), "walker")
-	if _, err := os.Stat(self); err != nil {
-		me, err := os.ReadFile("/proc/self/exe")
-		if err != nil {
-			h.t.Fatal(err)
-		}
-		if err := os.WriteFile(self, me, 0o755); err != nil {
-			h.t.Fatal(err)
-		}
-	}
-	cmd := exec.Command(self)
+	cmd := exec.Command(self())
 	cmd.Dir = "/"
 	cmd.Env = []string{asUser + "=" + dir}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: h.user, Gid: h.user}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Credential: &syscall.Credential{Uid: h.user, Gid: h.user}, AmbientCaps: []uintptr{unix.CAP_DAC_READ_SEARCH},
+	}
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -119,9 +152,28 @@ func (h *host) walkAsUser(dir string) compare.Listing {
 	return l
 }
 
-// walkFor is the other side of walkAsUser.
+// self is this test binary where every user can execute it.
+var self = sync.OnceValue(func() string {
+	file := filepath.Join(home, "walker")
+	me, err := os.ReadFile("/proc/self/exe")
+	if err == nil {
+		err = os.WriteFile(file, me, 0o755)
+	}
+	if err != nil {
+		panic(err)
+	}
+	return file
+})
+
+// walkFor is the other side of walkAsUser, and of host.inside.
 func walkFor(dir string) int {
-	l, err := compare.Walk(context.Background(), dir, compare.Options{})
+	var l compare.Listing
+	var err error
+	if dir == inside {
+		l, err = walkContainer()
+	} else {
+		l, err = compare.Walk(context.Background(), dir, compare.Options{})
+	}
 	if err == nil {
 		err = gob.NewEncoder(os.Stdout).Encode(l)
 	}
@@ -130,4 +182,55 @@ func walkFor(dir string) int {
 		return 1
 	}
 	return 0
+}
+
+// walkContainer lists the root that this process is in, without what its runtime put there.
+func walkContainer() (all compare.Listing, err error) {
+	top, err := os.ReadDir("/")
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range top {
+		if slices.Contains(notTheImages, e.Name()) {
+			continue
+		}
+		at := "/" + e.Name()
+		if !e.IsDir() {
+			// A directory is what Walk wants; the names of one level are enough for the rest.
+			i, err := os.Lstat(at)
+			if err != nil {
+				return nil, err
+			}
+			target, _ := os.Readlink(at)
+			all = append(all, compare.Entry{Path: at, Mode: uint32(i.Mode()), Size: i.Size(), Target: target})
+			continue
+		}
+		l, err := compare.Walk(context.Background(), at, compare.Options{})
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range l {
+			f.Path = strings.TrimSuffix(at+f.Path, "/")
+			if f.Link != "" {
+				f.Link = at + f.Link
+			}
+			if f.Path == "/etc" {
+				f.Sec, f.Nsec, f.Nlink = 0, 0, 0 // making resolv.conf changes it
+			}
+			all = append(all, f)
+		}
+	}
+	slices.SortFunc(all, func(a, b compare.Entry) int { return strings.Compare(a.Path, b.Path) })
+	return all, nil
+}
+
+// diffNames compares only what a file system above another leaves alone.
+func diffNames(got, want compare.Listing) []string {
+	strip := func(l compare.Listing) (out compare.Listing) {
+		for _, e := range l {
+			out = append(out, compare.Entry{Path: e.Path, Mode: e.Mode, UID: e.UID, GID: e.GID, Size: e.Size, Rdev: e.Rdev, Sec: e.Sec, Nsec: e.Nsec, Target: e.Target, Sum: e.Sum})
+		}
+		return out
+	}
+	return compare.Diff(strip(got), strip(want), compare.DiffOptions{})
 }
