@@ -24,7 +24,7 @@ var (
 	})
 	windowEncoder = sync.OnceValue(func() *zstd.Encoder {
 		e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(2), zstd.WithEncoderCRC(false),
-			zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithWindowSize(windowSize),
+			zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithWindowSize(windowSize),
 			zstd.WithLowerEncoderMem(true), zstd.WithSingleSegment(true))
 		if err != nil {
 			panic(err) // constant options
