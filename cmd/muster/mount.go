@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/agent/origin"
@@ -161,6 +162,9 @@ func (m mounted) print(w io.Writer, quiet bool) {
 // maxMountLog is when the log of mounts is begun anew, bytes.
 const maxMountLog = 8 << 20
 
+// mountLogRoom is what each mount has of the log even when the disk is full, bytes.
+const mountLogRoom = 16 << 10
+
 // mountLog is where the processes of mounts write what goes wrong after their command has ended.
 func mountLog(store string) (*os.File, error) {
 	if err := os.MkdirAll(store, 0o755); err != nil {
@@ -171,7 +175,15 @@ func mountLog(store string) (*os.File, error) {
 	if st, err := os.Stat(file); err == nil && st.Size() > maxMountLog {
 		flags |= os.O_TRUNC
 	}
-	return os.OpenFile(file, flags, 0o600)
+	log, err := os.OpenFile(file, flags, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	// The warning that the disk is full must find room on it. Where this cannot be had the log is as it was.
+	if st, err := log.Stat(); err == nil {
+		_ = unix.Fallocate(int(log.Fd()), unix.FALLOC_FL_KEEP_SIZE, st.Size(), mountLogRoom)
+	}
+	return log, nil
 }
 
 // reportEvery is how often a mount's process tells how far it is.
@@ -234,6 +246,7 @@ func buildMount(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
 	}
 	return &mountd.Source{
 		Config: img.Config(), Mount: mountOptions(q.Image, q.SELinux), Table: img.TableFile(), State: state, Close: img.Close,
+		Serving: func(ctx context.Context, s *lazyfs.Server) { img.Guess(ctx, s) },
 	}, nil
 }
 

@@ -43,6 +43,9 @@ type Source struct {
 	Table *os.File
 	// State is what a successor needs to build the same: at most 32 KiB.
 	State []byte
+	// Serving is called in a goroutine of its own when the first server of a mount serves. Its context ends with
+	// serving, and Close waits until it has returned. nil: nothing to do.
+	Serving func(ctx context.Context, s *lazyfs.Server)
 	// Close is called when serving has ended; nil: nothing to do.
 	Close func() error
 }
@@ -149,6 +152,12 @@ func runServer(parent *pipe, log *slog.Logger, build Builder, code func(error) i
 	}
 	if err := parent.write(message{Kind: kindServing}); err != nil {
 		return err
+	}
+	if src.Serving != nil && !start.Again {
+		done := make(chan struct{})
+		serving, stop := context.WithCancel(ctx)
+		go func() { defer close(done); src.Serving(serving, s) }()
+		defer func() { stop(); <-done }() // before Close, which was deferred before
 	}
 	return serveUntilOrphan(ctx, s, dev, start, log)
 }
