@@ -4,26 +4,23 @@
 //	inflate [-rounds n] [-size MB] [layer.gz ...]
 //
 // Each input is inflated by each in turn, round after round, on one core and to nowhere, and the
-// medians of the CPU time are compared: so a busy minute of the machine hits all of them alike. Layers are the files
-// named, without any the test images' (tests/images), and without those a tar of /usr/lib.
+// medians of the CPU time are compared: so a busy minute of the machine hits all of them alike. Layers are
+// the files named, without any the larger layers of the test image debian-python. Text and binaries come
+// from the files of one-layer.
 package main
 
 import (
 	"bytes"
 	stdgzip "compress/gzip"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"log"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/klauspost/compress/gzip"
@@ -32,15 +29,6 @@ import (
 	"github.com/muster-hpc/muster/tests/bench/report"
 	"github.com/muster-hpc/muster/ztoc/inflate"
 )
-
-// An input is something to inflate.
-type input struct {
-	name  string
-	gz    []byte
-	path  string // of a file in memory with gz
-	layer bool
-	size  int64 // inflated, bytes
-}
 
 // A rival inflates an input to nowhere and says how many bytes there were.
 type rival struct {
@@ -92,7 +80,7 @@ func main() {
 	log.SetFlags(0)
 	log.SetPrefix("bench-inflate: ")
 	rounds := flag.Int("rounds", 5, "how often each input is inflated by each")
-	size := flag.Int("size", 100, "inflated size of each input in `MB`, at most")
+	size := flag.Int("size", 100, "inflated size of each input that is no layer in `MiB`, at most")
 	flag.Parse()
 	inputs, err := gather(flag.Args(), int64(*size)<<20)
 	if err != nil {
@@ -158,7 +146,7 @@ func compare(inputs []input, rounds int, dir string) ([]report.Row, error) {
 			return nil, err
 		}
 		rows = append(rows, small...)
-		if in.layer {
+		if in.layer && len(in.gz) > 32<<20 {
 			two, err := twoCores(in, rounds)
 			if err != nil {
 				return nil, err
@@ -253,134 +241,4 @@ func smallSpans(in input, rounds int) ([]report.Row, error) {
 		report.Figure(in.name+": muster by 4 MiB spans", float64(in.size)/1e6/large, "MB/s out"),
 		report.AtMost(in.name+": cost per byte, 64 KiB to 4 MiB spans", small/large, "ratio", 1.3),
 	}, nil
-}
-
-// gather makes the inputs.
-func gather(files []string, size int64) ([]input, error) {
-	var inputs []input
-	if len(files) == 0 {
-		found, err := filepath.Glob("/var/cache/muster-test-images/debian-python-*/blobs/sha256/*")
-		if err != nil {
-			return nil, err
-		}
-		for _, f := range found {
-			if st, err := os.Stat(f); err == nil && st.Size() > 8<<20 {
-				files = append(files, f)
-			}
-		}
-	}
-	for _, f := range files {
-		gz, err := os.ReadFile(f)
-		if err != nil {
-			return nil, err
-		}
-		in, err := cut(gz, size)
-		if errors.Is(err, inflate.BadMagic) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", f, err)
-		}
-		in.name, in.layer = fmt.Sprintf("layer %.12s", filepath.Base(f)), true
-		inputs = append(inputs, in)
-	}
-	more, err := others(size, len(inputs) == 0)
-	return append(inputs, more...), err
-}
-
-// cut makes an input of gz, or where that inflates to more than size of its start, compressed anew.
-func cut(gz []byte, size int64) (input, error) {
-	z := inflate.NewReader(bytes.NewReader(gz), inflate.Options{})
-	var b bytes.Buffer
-	n, err := io.Copy(&b, io.LimitReader(z, size+1))
-	if err != nil || n <= size {
-		return input{gz: gz, size: n}, err
-	}
-	return packed(b.Bytes()[:size])
-}
-
-// packed makes an input of data with GNU gzip, the compressor of most layers and archives.
-func packed(data []byte) (input, error) {
-	cmd := exec.Command("gzip", "-c")
-	cmd.Stdin, cmd.Stderr = bytes.NewReader(data), os.Stderr
-	gz, err := cmd.Output()
-	return input{gz: gz, size: int64(len(data))}, err
-}
-
-// others are the inputs that are no layers, and a tar of /usr/lib when a layer is wanting.
-func others(size int64, layer bool) ([]input, error) {
-	var inputs []input
-	add := func(name string, data []byte, err error) error {
-		if err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		in, err := packed(data)
-		in.name, in.layer = name, name == "layer"
-		inputs = append(inputs, in)
-		return err
-	}
-	if layer {
-		data, err := some(size, "/usr/lib", func(string, fs.FileInfo) bool { return true })
-		if err := add("layer", data, err); err != nil {
-			return nil, err
-		}
-	}
-	data, err := some(size, "/usr/share", func(name string, _ fs.FileInfo) bool {
-		switch filepath.Ext(name) {
-		case ".py", ".h", ".txt", ".pl", ".pm", ".html", ".xml", ".js", ".css", ".json", ".go", ".c":
-			return true
-		}
-		return false
-	})
-	if err := add("text", data, err); err != nil {
-		return nil, err
-	}
-	data, err = some(size, "/usr", func(name string, fi fs.FileInfo) bool {
-		return fi.Size() > 100_000 && (filepath.Base(filepath.Dir(name)) == "bin" || strings.Contains(name, ".so"))
-	})
-	if err := add("binaries", data, err); err != nil {
-		return nil, err
-	}
-	noise := make([]byte, size)
-	rand.NewChaCha8([32]byte{}).Read(noise)
-	if err := add("incompressible", noise, nil); err != nil {
-		return nil, err
-	}
-	runs := noise[:0] // of one byte each, from short to very long, with a few in between
-	for r := rand.New(rand.NewPCG(1, 2)); int64(len(runs)) < size; {
-		runs = append(runs, bytes.Repeat([]byte{byte(r.Uint32())}, 1<<r.IntN(17))...)
-	}
-	return inputs, add("runs", runs[:size], nil)
-}
-
-// errEnough ends a walk.
-var errEnough = errors.New("enough")
-
-// some is up to size bytes of the files below dir that are wanted, with their names, as in an archive.
-func some(size int64, dir string, want func(name string, fi fs.FileInfo) bool) ([]byte, error) {
-	var b bytes.Buffer
-	err := filepath.WalkDir(dir, func(name string, e fs.DirEntry, err error) error {
-		if err != nil || !e.Type().IsRegular() {
-			return nil // what cannot be read is left out
-		}
-		fi, err := e.Info()
-		if err != nil || !want(name, fi) {
-			return nil
-		}
-		data, err := os.ReadFile(name)
-		if err != nil {
-			return nil
-		}
-		fmt.Fprintf(&b, "%-512s", name)
-		b.Write(data)
-		b.Write(make([]byte, -len(data)&511))
-		if int64(b.Len()) >= size {
-			return errEnough
-		}
-		return nil
-	})
-	if errors.Is(err, errEnough) {
-		err = nil
-	}
-	return b.Bytes()[:min(size, int64(b.Len()))], err
 }
