@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"log/slog"
 
 	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/agent/store"
@@ -102,7 +103,7 @@ func (im *Image) keepProfile(p lazyfs.Profile) {
 		}
 	}
 	if err := im.o.put(store.KindProfile, im.startKey, p.Encode()); err != nil {
-		im.o.Log.Warn("the start-up profile is not kept", "cause", err)
+		im.o.notKept("the start-up profile is not kept", err)
 	}
 }
 
@@ -157,3 +158,12 @@ func (im *Image) fileProfile(row tree.Row) (p lazyfs.Profile) {
 type readerAt func(p []byte, off int64) (int, error)
 
 func (f readerAt) ReadAt(p []byte, off int64) (int, error) { return f(p, off) }
+
+// notKept tells that something did not get into the store. Of a full one the store has warned already, once.
+func (o *opener) notKept(what string, err error) {
+	level := slog.LevelWarn
+	if errors.Is(err, store.ErrNoSpace) {
+		level = slog.LevelDebug
+	}
+	o.Log.Log(context.Background(), level, what, "cause", err)
+}
