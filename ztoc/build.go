@@ -349,6 +349,10 @@ func (l *layer) walk(o *BuildOptions, add func(*Entry) error) (sums Sums, tarEnd
 	if peekErr != nil && peekErr != io.EOF {
 		err = peekErr
 	}
+	if sums.Format == FormatTar && l.diff != nil {
+		close(l.diff) // it is the blob's digest
+		l.diff, l.diffSum = nil, nil
+	}
 	if err == nil {
 		go l.run(sums.Format, head)
 		t := &tape{src: l.inflated}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"testing"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
@@ -194,4 +195,39 @@ func TestUnpackCost(t *testing.T) {
 		t.Fatalf("unpacking a table of %d bytes takes %d bytes of heap", len(b), r.AllocedBytesPerOp())
 	}
 	t.Logf("%d entries in %d bytes", z.NumEntries(), len(b))
+}
+
+// Spans of one table are inflated by many at once, and for gzip without allocating.
+func TestInflateConcurrently(t *testing.T) {
+	layer := tarOf(t, someFiles(40)...)
+	blob := gz(t, layer)
+	z, _, err := Build(bytes.NewReader(blob), BuildOptions{SpanSize: 32 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for g := range 8 {
+		wg.Go(func() {
+			for k := range z.NumSpans() {
+				i := (k + g*3) % z.NumSpans()
+				s := z.Span(i)
+				dst := make([]byte, s.Out.Len())
+				if err := z.Inflate(dst, i, blob[s.Blob.Start:s.Blob.End]); err != nil {
+					t.Error(err)
+				} else if !bytes.Equal(dst, layer[s.Out.Start:s.Out.End]) {
+					t.Errorf("span %d differs", i)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	s := z.Span(5)
+	dst := make([]byte, s.Out.Len())
+	if n := testing.AllocsPerRun(50, func() {
+		if err := z.Inflate(dst, 5, blob[s.Blob.Start:s.Blob.End]); err != nil {
+			t.Error(err)
+		}
+	}); n > 8 { // 0 but for pools, which drop things under the race detector
+		t.Errorf("%v allocations to inflate a span", n)
+	}
 }

@@ -11,7 +11,7 @@ import (
 // Building takes the same memory for any size of layer, but for the table: so much of it that a
 // layer of 20 GB (60 GB inflated) fits beside a job.
 func TestBuildMemory(t *testing.T) {
-	const pieces = 40
+	const pieces = 20
 	piece := text(7, 16<<20)
 	var head bytes.Buffer
 	w := tar.NewWriter(&head)

@@ -83,8 +83,11 @@ var streamDecoders = sync.Pool{New: func() any {
 	return d
 }}
 
-// windowBuffers holds arrays of windowSize, so that inflating a span allocates nothing.
-var windowBuffers = sync.Pool{New: func() any { return new([windowSize]byte) }}
+// Inflating a span allocates nothing.
+var (
+	windowBuffers = sync.Pool{New: func() any { return new([windowSize]byte) }}
+	sparseBuffers = sync.Pool{New: func() any { return new([maxSparseWindow]byte) }}
+)
 
 // packWindow appends the smallest form of window w to b and says which that is. used has a bit for
 // each byte of w that its span refers to (bit i%8 of byte i/8); nil: all of them.
@@ -152,7 +155,9 @@ func unpackWindow(w *[windowSize]byte, kind uint8, packed []byte) error {
 		}
 		return nil
 	}
-	buf, err := unzstd(make([]byte, 0, maxSparseWindow), packed)
+	scratch := sparseBuffers.Get().(*[maxSparseWindow]byte)
+	defer sparseBuffers.Put(scratch)
+	buf, err := unzstd(scratch[:0], packed)
 	if err != nil {
 		return fmt.Errorf("%w: sparse window: %w", ErrIndex, err)
 	}
