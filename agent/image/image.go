@@ -215,7 +215,7 @@ func (im *Image) openTable(views []*view) error {
 	}
 	layers := make([]tree.Layer, len(views))
 	for i, v := range views {
-		entries, err := v.ztoc.Entries()
+		entries, err := v.entries()
 		if err != nil {
 			return fmt.Errorf("layer %s: %w", v.report.Digest, err)
 		}
@@ -224,17 +224,14 @@ func (im *Image) openTable(views []*view) error {
 			Entries:  entries,
 		}
 	}
-	var buf memory
 	put := im.o.Store.Put(store.KindTable, key, func(w io.Writer) error {
-		buf = buf[:0]
-		stats, err := tree.Build(io.MultiWriter(w, &buf), layers, tree.Options{})
+		stats, err := tree.Build(w, layers, tree.Options{})
 		for _, n := range stats.Notes {
 			im.Notes = append(im.Notes, fmt.Sprintf("layer %d, %q: %s", n.Layer, n.Name, n.Reason))
 		}
 		return err
 	})
 	if put == nil {
-		buf = nil
 		f, err := im.o.Store.Get(store.KindTable, key)
 		if err != nil {
 			return err
@@ -245,7 +242,7 @@ func (im *Image) openTable(views []*view) error {
 		return put
 	}
 	// The mount works from memory; only the next one has to build again.
-	buf = buf[:0]
+	var buf memory
 	if _, err := tree.Build(&buf, layers, tree.Options{}); err != nil {
 		return err
 	}

@@ -93,6 +93,7 @@ func (o *opener) pull(ctx context.Context, l origin.Descriptor, v *view) error {
 		o.derived.enter(z.Blob, l)
 	}
 	v.use(o.keepZtoc(l.Digest, z), mode, 0)
+	v.decode()
 	return nil
 }
 

@@ -46,8 +46,9 @@ type LayerReport struct {
 
 // A view is a layer that can be mounted: its table, and the blob the table is about.
 type view struct {
-	ztoc   *ztoc.Ztoc
-	report LayerReport
+	ztoc    *ztoc.Ztoc
+	report  LayerReport
+	entries func() ([]ztoc.Entry, error) // of ztoc, decoded once
 }
 
 // id names what offsets in v count from and which spans they fall into.
@@ -93,9 +94,15 @@ func (o *opener) findViews(ctx context.Context) ([]*view, error) {
 			z, bytes, mode, reason := o.findView(ctx, l, index)
 			if z == nil {
 				v.report.Reason = reason
+				if l.Size < wholeBelow && ctx.Err() == nil {
+					// Fetched whole in any case: beside the tables of the others, not after them.
+					o.Progress.expect(l.Digest, l.Size)
+					return o.pull(ctx, l, v)
+				}
 				return ctx.Err()
 			}
 			v.use(o.keepZtoc(l.Digest, z), mode, bytes)
+			v.decode()
 			return nil
 		})
 	}
@@ -115,12 +122,17 @@ func (o *opener) findViews(ctx context.Context) ([]*view, error) {
 
 func (v *view) use(z *ztoc.Ztoc, mode Mode, indexBytes int64) {
 	v.ztoc = z
+	v.entries = sync.OnceValues(z.Entries)
 	v.report.Mode = mode
 	v.report.Index = indexBytes
 	v.report.Format = z.Format.String()
 	v.report.Spans = z.NumSpans()
 	v.report.Inflated = z.InflatedSize
 }
+
+// decode decodes the entries of a view that was not here before, so that there is most likely no table kept either
+// and they are needed: now, while other layers' tables are on their way. What fails will fail again in openTable.
+func (v *view) decode() { _, _ = v.entries() }
 
 // duplicateOf is the first layer with the same blob as layer i, or -1 if i is the first.
 func duplicateOf(layers []origin.Descriptor, i int) int {
