@@ -160,10 +160,10 @@ type readerAt func(p []byte, off int64) (int, error)
 func (f readerAt) ReadAt(p []byte, off int64) (int, error) { return f(p, off) }
 
 // notKept tells that something did not get into the store. Of a full one the store has warned already, once.
-func (o *opener) notKept(what string, err error) {
+func (o *opener) notKept(what string, err error, more ...any) {
 	level := slog.LevelWarn
 	if errors.Is(err, store.ErrNoSpace) {
 		level = slog.LevelDebug
 	}
-	o.Log.Log(context.Background(), level, what, "cause", err)
+	o.Log.Log(context.Background(), level, what, append(more, "cause", err)...)
 }

@@ -272,7 +272,7 @@ func (o *opener) keepZtoc(layer ztoc.Digest, z *ztoc.Ztoc) *ztoc.Ztoc {
 			return kept
 		}
 	}
-	o.Log.Warn("a ztoc is not kept", "layer", layer, "cause", err)
+	o.notKept("a ztoc is not kept", err, "layer", layer)
 	return z
 }
 
