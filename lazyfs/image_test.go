@@ -190,6 +190,13 @@ func (m *memory) Reject(ztoc.BlobRef, ztoc.Range, error) error {
 	return nil
 }
 
+// set changes how m behaves, or looks at what it counted.
+func (m *memory) set(f func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f()
+}
+
 func (m *memory) asked() []request {
 	m.mu.Lock()
 	defer m.mu.Unlock()
