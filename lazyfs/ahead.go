@@ -33,8 +33,8 @@ func (c *cache) streamBudget() int64 { return c.limit * 3 / 8 }
 func (c *cache) replayBudget() int64 { return c.limit * 3 / 8 }
 
 // follow looks at what is being read, and has what comes next loaded. left is how many bytes of the file there
-// are from the beginning of the read on.
-func (s *Server) follow(where []stretch, row tree.Row, left int64) {
+// are from the beginning of the read on; moved, whether the read reached something that nobody had read before.
+func (s *Server) follow(where []stretch, row tree.Row, left int64, moved bool) {
 	for _, x := range where {
 		st := s.streamAt(x, row)
 		st.used = s.clock
@@ -47,6 +47,9 @@ func (s *Server) follow(where []stretch, row tree.Row, left int64) {
 			st.row, st.files = row, 2
 		}
 		if st.done < streamStart {
+			if moved {
+				s.neighbour(x)
+			}
 			continue
 		}
 		limit := inflatedSize(s.layers[x.layer])
@@ -98,6 +101,35 @@ func (s *Server) extend(st *stream, limit int64) {
 			r = appendRange(r, layer.Ztoc.Span(i).Blob)
 		}
 		go s.ahead.Prefetch(s.ctx, layer.Ref, r)
+	}
+}
+
+const (
+	missBudget  = 6 << 20 // inflated bytes behind misses that nobody has read yet
+	guessMemory = 64      // neighbours after which half of the score is forgotten
+)
+
+// neighbour has the span behind x loaded, if that costs neither the network nor a processor that somebody waits for:
+// what a program reads next often lies next to what it reads, and it reads one thing at a time. It stops
+// while fewer than one in three are read.
+func (s *Server) neighbour(x stretch) {
+	if s.cpu == 0 || s.aheadOfMisses >= missBudget {
+		return
+	}
+	if s.guessed >= guessMemory/4 && s.guessedRight*3 < s.guessed {
+		if s.guessed++; s.guessed >= guessMemory { // it may be worth trying again
+			s.guessed, s.guessedRight = guessMemory/8, guessMemory/24
+		}
+		return
+	}
+	_, end := s.unitAt(x.layer, x.off+x.n-1)
+	id, _ := s.unitAt(x.layer, end)
+	if id == zeroUnit || s.units[id] != nil || !s.isLocal(id) {
+		return
+	}
+	s.loadAhead(id, &s.aheadOfMisses)
+	if s.guessed++; s.guessed >= guessMemory {
+		s.guessed, s.guessedRight = s.guessed/2, s.guessedRight/2
 	}
 }
 

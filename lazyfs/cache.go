@@ -110,7 +110,7 @@ func (l *lane) take() *unit {
 type cache struct {
 	units  map[unitID]*unit
 	lru    unit  // head of the ring; next is the most recently used
-	used   int64 // bytes of buffers of ready units and of those being inflated
+	bytes  int64 // of buffers of ready units and of those being inflated
 	limit  int64
 	parked map[uint64]*miss // by the request's unique
 	held   int64            // bytes of units kept by reads that wait for more (see Server.resume)
@@ -129,7 +129,9 @@ type cache struct {
 	replay  replay
 	closed  bool
 
-	aheadOfStreams, aheadOfReplay int64 // bytes of units loaded or being loaded ahead and not read yet
+	// Bytes of units loaded or being loaded ahead and not read yet, by the reason.
+	aheadOfStreams, aheadOfReplay, aheadOfMisses int64
+	guessed, guessedRight                        int // of the last neighbours loaded, see neighbour
 }
 
 func (c *cache) init(cfg Config) {
@@ -158,7 +160,7 @@ func (c *cache) link(u *unit) {
 // makeRoom drops units that nobody uses, least recently used first, until need more bytes fit, and returns
 // their buffers. What is in use stays, even beyond the limit: it is bounded by what is being answered.
 func (c *cache) makeRoom(need int64) (free [][]byte) {
-	for u := c.lru.prev; u != &c.lru && c.used+need > c.limit; {
+	for u := c.lru.prev; u != &c.lru && c.bytes+need > c.limit; {
 		prev := u.prev
 		if u.refs == 0 {
 			free = append(free, c.evict(u))
@@ -171,11 +173,19 @@ func (c *cache) makeRoom(need int64) (free [][]byte) {
 func (c *cache) evict(u *unit) []byte {
 	u.prev.next, u.next.prev = u.next, u.prev
 	delete(c.units, u.id)
-	c.used -= int64(cap(u.buf))
+	c.bytes -= int64(cap(u.buf))
 	c.settle(u)
 	buf := u.buf
 	u.buf = nil
 	return buf
+}
+
+// used is settle because somebody reads u.
+func (c *cache) used(u *unit) bool {
+	if u.ahead == &c.aheadOfMisses {
+		c.guessedRight++
+	}
+	return c.settle(u)
 }
 
 // settle ends u's counting as work done ahead.

@@ -47,6 +47,7 @@ type scratch struct {
 	plan  []run  // of the read at hand: see Server.plan
 	where []stretch
 	pins  []*unit
+	moved bool // the read reached a unit that nobody had read before
 }
 
 func newScratch() *scratch {

@@ -68,7 +68,7 @@ func (s *Server) read(w *scratch, sl slot, in *fuse.ReadIn) (parked bool) {
 
 	s.mu.Lock()
 	on := s.pin(w)
-	s.follow(w.where, row, s.table.Size(row)-off)
+	s.follow(w.where, row, s.table.Size(row)-off, w.moved)
 	s.start()
 	if on == nil {
 		s.mu.Unlock()
@@ -144,7 +144,7 @@ func (s *Server) planLayer(w *scratch, layer int, off, n int64) error {
 // pin takes references to the units of w.plan that are at hand, in w.pins, and has the others loaded. It
 // returns the first of these, nil when there is none.
 func (s *Server) pin(w *scratch) (missing *unit) {
-	w.pins = w.pins[:0]
+	w.pins, w.moved = w.pins[:0], false
 	last := zeroUnit
 	for _, r := range w.plan {
 		if r.id == zeroUnit || r.id == last {
@@ -158,8 +158,9 @@ func (s *Server) pin(w *scratch) (missing *unit) {
 		} else if u.state != ready {
 			s.demand(u, false)
 		}
-		if s.settle(u) {
+		if s.used(u) {
 			s.stats.aheadUsed.Add(1)
+			w.moved = true
 		}
 		if r.id.source() != warmSource {
 			s.touched[r.id.source()].set(r.id.index())
@@ -172,6 +173,7 @@ func (s *Server) pin(w *scratch) (missing *unit) {
 			missing = u
 		}
 	}
+	w.moved = w.moved || missing != nil
 	return missing
 }
 

@@ -82,6 +82,36 @@ func TestOneReadAsksForOneSpan(t *testing.T) {
 	})
 }
 
+// near is Blobs whose bytes are all local.
+type near struct{ *memory }
+
+func (near) Local(ztoc.BlobRef, ztoc.Range) bool { return true }
+
+// Where it costs no network, the span behind one that was missing is inflated too, and the next when that is read.
+func TestNeighbour(t *testing.T) {
+	img := build(t, testSpan, true, []member{file("big", text(1, 8<<20))})
+	m := mount(t, img, "", func(c *lazyfs.Config) { c.Blobs = near{c.Blobs.(*memory)} })
+	z := img.layers[0].Ztoc
+	for i := range 3 {
+		first := 10 + i
+		s := z.Span(first)
+		off := s.Out.Start + 8192 - 512 // the content begins behind a header of 512 bytes
+		if got := pread(t, m.path("big"), off, 4096); !bytes.Equal(got, img.files["big"][off:off+4096]) {
+			t.Error("wrong bytes")
+		}
+		waitFor(t, "the next span", func() bool { return m.server.Stats().Inflated == int64(i+2) })
+	}
+	var demanded int
+	for _, r := range m.blobs.asked() {
+		if r.pri == ztoc.Demand {
+			demanded++
+		}
+	}
+	if s := m.server.Stats(); demanded != 1 || s.AheadUsed != 2 {
+		t.Errorf("%d spans asked for on demand, %+v", demanded, s)
+	}
+}
+
 // Reading everything in order asks for each span once, whatever was fetched ahead.
 func TestEverythingIsFetchedOnce(t *testing.T) {
 	var members []member

@@ -22,13 +22,13 @@ func (s *Server) newUnit(id unitID) *unit {
 	return u
 }
 
-// near says whether u can be loaded without the network.
-func (s *Server) isNear(u *unit) bool {
-	if u.id.source() == warmSource {
+// isLocal says whether a unit can be loaded without the network.
+func (s *Server) isLocal(id unitID) bool {
+	if id.source() == warmSource {
 		return true
 	}
-	l := s.layers[u.id.source()]
-	return s.local != nil && s.local.Local(l.Ref, l.Ztoc.Span(u.id.index()).Blob)
+	l := s.layers[id.source()]
+	return s.local != nil && s.local.Local(l.Ref, l.Ztoc.Span(id.index()).Blob)
 }
 
 // demand has u, which is not ready, loaded because somebody waits for it; urgent puts it before all others
@@ -47,7 +47,7 @@ func (s *Server) demand(u *unit, urgent bool) {
 	}
 	u.demand = true
 	l := &s.far
-	if s.isNear(u) {
+	if s.isLocal(u.id) {
 		l = &s.near
 	}
 	if urgent {
@@ -291,7 +291,7 @@ func (s *Server) reserve(u *unit) ([]byte, error) {
 	size := int64(class(int(u.size)))
 	s.mu.Lock()
 	free := s.makeRoom(size)
-	s.used += size
+	s.bytes += size
 	s.mu.Unlock()
 	for _, b := range free {
 		s.inflated.put(b)
@@ -305,7 +305,7 @@ func (s *Server) reserve(u *unit) ([]byte, error) {
 
 func (s *Server) unreserve(u *unit, buf []byte) {
 	s.mu.Lock()
-	s.used -= int64(class(int(u.size)))
+	s.bytes -= int64(class(int(u.size)))
 	s.mu.Unlock()
 	s.inflated.put(buf)
 }
