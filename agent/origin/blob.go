@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/muster-hpc/muster/ztoc"
@@ -20,11 +21,13 @@ func (r *remote) Blob(ctx context.Context, d ztoc.Digest, rng ztoc.Range) (io.Re
 	if rng.Start < 0 || !all && rng.Empty() {
 		return nil, usage(rng.String(), "not a range of a blob", "")
 	}
-	b := &body{r: r, ctx: ctx, d: d, next: rng.Start, end: rng.End, size: -1, p: newPatience(r.c.o.MaxWait), no: map[*endpoint]*refusal{}}
+	b := &body{r: r, d: d, next: rng.Start, end: rng.End, size: -1, p: newPatience(r.c.o.MaxWait), no: map[*endpoint]*refusal{}}
+	b.ctx, b.cancel = context.WithCancelCause(ctx)
 	if all {
 		b.end = -1
 	}
 	if err := b.open(); err != nil {
+		b.cancel(err)
 		return nil, err
 	}
 	return b, nil
@@ -32,9 +35,12 @@ func (r *remote) Blob(ctx context.Context, d ztoc.Digest, rng ztoc.Range) (io.Re
 
 // body reads [next, end) of a blob, over as many responses as it takes.
 type body struct {
-	r    *remote
-	ctx  context.Context
-	d    ztoc.Digest
+	r      *remote
+	ctx    context.Context // ends with Close
+	cancel context.CancelCauseFunc
+	d      ztoc.Digest
+
+	mu   sync.Mutex // held by Read, and by Close once it has ended what Read waits for
 	next int64
 	end  int64 // -1: the blob's size, not known yet
 	size int64 // of the blob as answers tell it; -1: not told
@@ -48,6 +54,8 @@ type body struct {
 // Read gives the next bytes. A response that breaks, stalls or trickles is given up and the rest asked
 // for again, perhaps elsewhere; io.EOF comes only after the last byte asked for.
 func (b *body) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	for b.err == nil {
 		if b.next == b.end {
 			b.finish(nil)
@@ -81,8 +89,11 @@ func (b *body) Read(p []byte) (int, error) {
 	return 0, b.err
 }
 
-// Close ends the request under way.
+// Close ends the request under way. It may be called while another goroutine reads, which then gets an error.
 func (b *body) Close() error {
+	b.cancel(errClosed)
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	if b.a != nil {
 		b.finish(errClosed)
 	}

@@ -361,3 +361,26 @@ func TestRequestsAreReported(t *testing.T) {
 		}
 	}
 }
+
+// Close from another goroutine ends a Read that waits, and neither trips over the other.
+func TestBlobClosedWhileRead(t *testing.T) {
+	w := newWorld(t, registry.Options{})
+	repo := w.open(quick())
+	for i := range 40 {
+		w.Inject(anyBlob, 1, registry.StallAfter(int64(i*500)))
+		b, err := repo.Blob(context.Background(), layer().Digest, middle)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			io.Copy(io.Discard, b) //nolint:errcheck // it fails, or was faster than Close
+		}()
+		if i%2 == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		b.Close()
+		<-ended
+	}
+}
