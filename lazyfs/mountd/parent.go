@@ -64,7 +64,7 @@ type server struct {
 	cmd  *exec.Cmd
 }
 
-func runParent(client *pipe, log *slog.Logger) error {
+func runParent(client *pipe, log *slog.Logger, code func(error) int) error {
 	p := &parent{log: log, client: client, events: make(chan event, 16)}
 	var err error
 	if p.start, _, err = client.read(); err != nil {
@@ -94,7 +94,7 @@ func runParent(client *pipe, log *slog.Logger) error {
 	}
 	p.clearUp()
 	if err != nil && p.client != nil {
-		m := message{Kind: kindFailed, Error: err.Error(), Code: 1}
+		m := message{Kind: kindFailed, Error: err.Error(), Code: code(err)}
 		if e := (*Error)(nil); errors.As(err, &e) {
 			m.Code = e.Code
 		}

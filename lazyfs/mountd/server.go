@@ -62,7 +62,7 @@ func Main(build Builder, code func(error) int) {
 	if err == nil {
 		switch os.Args[1] {
 		case "parent":
-			err = runParent(conn, log)
+			err = runParent(conn, log, code)
 		case "server":
 			err = runServer(conn, log, build, code)
 		default:
