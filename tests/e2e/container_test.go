@@ -25,7 +25,7 @@ func TestContainerEqualsContainer(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			h := newHost(t, 0)
-			cmd := h.command("run", "--runtime", "runc", "--bind", self()+":/walker:ro", "--env", asUser+"="+inside, "--entrypoint", "/walker", image(t, name))
+			cmd := h.command("run", "--runtime", "runc", "--bind", self()+":/walker:ro", "--env", asUser+"="+inside, "--user", "0:0", "--entrypoint", "/walker", image(t, name))
 			got := h.inside(cmd)
 
 			began := time.Now()

@@ -105,7 +105,7 @@ func TestFlippedAlways(t *testing.T) {
 	}
 	plainMessage(t, r.stderr, bigLayer(1).Digest[7:19], q.Addr)
 	q.Clear()
-	dir = fresh.mount("--index-use=false", through(q, big(t, 1)))
+	dir = fresh.mount(through(q, big(t, 1)), "--index-use=false")
 	for n := range bigFiles {
 		if err := readBig(dir, 1, n); err != nil {
 			t.Errorf("the next pull: %v", err)
@@ -117,7 +117,7 @@ func TestFlippedAlways(t *testing.T) {
 // how long.
 func TestOutage(t *testing.T) {
 	p, h := front(t), newHost(t, 0)
-	dir := h.mount("--origin-patience", "5m", through(p, big(t, 1)))
+	dir := h.mount(through(p, big(t, 1)), "--origin-patience", "5m")
 	p.Down() //nolint:errcheck // it is down
 	done := make(chan error, bigFiles)
 	for n := range bigFiles {
@@ -143,7 +143,7 @@ func TestOutage(t *testing.T) {
 	}
 
 	short := newHost(t, 0)
-	dir = short.mount("--origin-patience", "1s", through(p, big(t, 1)))
+	dir = short.mount(through(p, big(t, 1)), "--origin-patience", "1s")
 	p.Down() //nolint:errcheck // it is down
 	began := time.Now()
 	if b, err := os.ReadFile(dir + "/data/0"); !errors.Is(err, unix.EIO) {
@@ -403,7 +403,7 @@ func privateMemory(pid int) (n int64) {
 func TestSlowRegistry(t *testing.T) {
 	p, h := front(t), newHost(t, 0)
 	const limit = 6
-	dir := h.mount("--origin-connections", strconv.Itoa(limit), through(p, big(t, 2)))
+	dir := h.mount(through(p, big(t, 2)), "--origin-connections", strconv.Itoa(limit))
 	p.ResetLog()
 	p.SetRate(50_000)
 	var wg sync.WaitGroup
@@ -584,7 +584,24 @@ func TestReadyAndGone(t *testing.T) {
 			}
 			eventually(t, "who is inside reads on", func() bool { return strings.Contains(out.String(), strconv.Itoa(len(say()))) })
 			// The linger of ten seconds, and no more, even though the process stays.
-			h.clean("a mount with somebody inside")
+			var servers []string
+			for wait := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+				servers = nil
+				for _, p := range processesWith(h.store) {
+					if line := commandLine(p); strings.HasPrefix(line, "muster") {
+						servers = append(servers, line)
+					}
+				}
+				if len(servers) == 0 || time.Now().After(wait) {
+					break
+				}
+			}
+			if len(servers) > 0 {
+				t.Errorf("left behind while somebody is inside: %q", servers)
+			}
+			if inside.Process.Signal(syscall.Signal(0)) != nil {
+				t.Error("who was inside is gone too")
+			}
 		})
 	}
 }

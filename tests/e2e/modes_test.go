@@ -211,7 +211,7 @@ func TestOddRegistries(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			p := front(t)
 			p.Inject(tt.match, 0, tt.action)
-			r, s := newHost(t, 0).reported("--origin-patience", "3s", through(p, ref))
+			r, s := newHost(t, 0).reported("--origin-resolve-patience", "2s", through(p, ref))
 			if r.code != 0 || r.stdout != "uid 0\n" {
 				t.Fatalf("exit code %d, %q, %s", r.code, r.stdout, r.stderr)
 			}

@@ -228,6 +228,9 @@ func walkContainer() (all compare.Listing, err error) {
 func diffNames(got, want compare.Listing) []string {
 	strip := func(l compare.Listing) (out compare.Listing) {
 		for _, e := range l {
+			if e.Path == "/" {
+				continue // it is the upper directory's
+			}
 			out = append(out, compare.Entry{Path: e.Path, Mode: e.Mode, UID: e.UID, GID: e.GID, Size: e.Size, Rdev: e.Rdev, Sec: e.Sec, Nsec: e.Nsec, Target: e.Target, Sum: e.Sum})
 		}
 		return out
