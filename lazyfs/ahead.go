@@ -46,6 +46,9 @@ func (s *Server) follow(where []stretch, row tree.Row, left int64, moved bool) {
 		if st.row != row {
 			st.row, st.files = row, 2
 		}
+		if st.done > bulk {
+			s.capture.abandon()
+		}
 		if st.done < streamStart {
 			if moved {
 				s.neighbour(x)

@@ -280,6 +280,29 @@ func TestWarmFile(t *testing.T) {
 	})
 }
 
+// Bulk reading is no start: no warm file is made of it, and what was begun is not kept.
+func TestNoWarmFileOfBulk(t *testing.T) {
+	zeros := make([]byte, 120<<20)
+	img := build(t, 4<<20, true, []member{file("bulk", zeros)})
+	var kept error
+	m := mount(t, img, "", func(c *lazyfs.Config) {
+		c.KeepWarm = func(write func(io.Writer) error) error {
+			kept = write(io.Discard)
+			return kept
+		}
+	})
+	if got, err := os.ReadFile(m.path("bulk")); err != nil || !bytes.Equal(got, zeros) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	m.unmount(t)
+	if kept == nil {
+		t.Error("a warm file of 120 MiB read in order was kept")
+	}
+	if m.log.String() != "" {
+		t.Errorf("logged: %s", m.log)
+	}
+}
+
 func FuzzOpenWarm(f *testing.F) {
 	img := profiled(f)
 	var b bytes.Buffer

@@ -74,6 +74,7 @@ func (s *Server) read(w *scratch, sl slot, in *fuse.ReadIn) (parked bool) {
 		s.mu.Unlock()
 		s.stats.hits.Add(1)
 		s.answer(w, in.Unique, n)
+		s.capture.take(w)
 		s.unpin(w.pins)
 		s.recorder.done()
 		return false
@@ -202,14 +203,17 @@ func (s *Server) answer(w *scratch, unique uint64, n int64) {
 	s.send(w, unique, 0)
 }
 
-func (s *Server) eachPiece(w *scratch, f func([]byte)) {
+func (s *Server) eachPiece(w *scratch, f func([]byte)) { w.eachPiece(func(b []byte, _ bool) { f(b) }) }
+
+// eachPiece goes through the bytes of w.plan, in order, and says which are of a hole.
+func (w *scratch) eachPiece(f func(b []byte, hole bool)) {
 	at := -1
 	last := zeroUnit
 	for _, r := range w.plan {
 		if r.id == zeroUnit {
 			z := zeros()
 			for n := r.n; n > 0; n -= int64(len(z)) {
-				f(z[:min(n, int64(len(z)))])
+				f(z[:min(n, int64(len(z)))], true)
 			}
 			continue
 		}
@@ -217,7 +221,7 @@ func (s *Server) eachPiece(w *scratch, f func([]byte)) {
 			at++
 			last = r.id
 		}
-		f(w.pins[at].buf[r.lo : r.lo+r.n])
+		f(w.pins[at].buf[r.lo:r.lo+r.n], false)
 	}
 }
 
@@ -303,6 +307,7 @@ func (s *Server) resume(w *scratch, m *miss, err error) {
 	}
 	s.mu.Unlock()
 	s.answer(w, m.unique, m.n)
+	s.capture.take(w)
 	s.unpin(w.pins)
 	s.finish(m)
 }

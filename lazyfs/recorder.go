@@ -2,7 +2,6 @@ package lazyfs
 
 import (
 	"context"
-	"io"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -22,9 +21,6 @@ type recorder struct {
 	mu   sync.Mutex
 	seen coverage
 	once sync.Once
-
-	profile Profile // what was recorded, once delivered; used by the housekeeper
-	warmed  sync.Once
 }
 
 func (r *recorder) init(layers []Layer) {
@@ -94,7 +90,6 @@ func (s *Server) keepHouse(ctx context.Context) {
 			silence := r.silence()
 			if silence >= s.cfg.Quiet {
 				s.deliverProfile()
-				s.keepWarm(ctx)
 			}
 			busy = silence < max(s.cfg.Idle, s.cfg.Quiet)
 		}
@@ -116,29 +111,10 @@ func (s *Server) deliverProfile() {
 		r.mu.Lock()
 		p := Profile{Ranges: r.seen.ranges}
 		r.seen = coverage{}
-		r.profile = p
 		r.mu.Unlock()
 		if len(p.Ranges) > 0 && s.cfg.OnProfile != nil {
 			s.cfg.OnProfile(p)
 		}
-	})
-}
-
-// warmRest is how many times as long as writing the warm file works it rests, because it happens beside a program that
-// may want the processors. A thread of low priority would not do: it could hold up the runtime, and with it readers.
-const warmRest = 3
-
-// keepWarm has the warm file written, once, unless the one in use has all of it.
-func (s *Server) keepWarm(ctx context.Context) {
-	s.recorder.warmed.Do(func() {
-		if s.cfg.KeepWarm == nil || (s.warm != nil && s.warm.covers(s.recorder.profile)) {
-			return
-		}
-		p := s.cfg.Profile.Merge(s.recorder.profile)
-		in := &inflater{layers: s.layers, blobs: s.blobs, budget: 16 << 20, rest: warmRest}
-		err := s.cfg.KeepWarm(func(w io.Writer) error { return writeWarm(ctx, w, in, p) })
-		if err != nil && ctx.Err() == nil {
-			s.log.Warn("no warm file is kept", "error", err)
-		}
+		s.capture.finish(s.log)
 	})
 }

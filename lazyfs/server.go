@@ -94,9 +94,9 @@ type Config struct {
 	// OnProfile gets what was read, once: when readers have been quiet, or when Serve ends before. It is not
 	// called when nothing was read. It may take its time.
 	OnProfile func(Profile)
-	// KeepWarm is called after OnProfile when readers have been quiet and Warm lacks something of what was read or of
-	// Profile: it calls write with where the warm file goes, for the next mount. That takes a few seconds, as it rests between
-	// spans; it happens once, and may fail.
+	// KeepWarm has the warm file of what is read written, for the next mount, unless there is one in Warm already. It is
+	// called on a goroutine of its own at the first read, and calls write with where the file goes; write takes what is
+	// read as it is read, and returns when the profile is done: nil, or an error when what came was not worth keeping.
 	KeepWarm func(write func(io.Writer) error) error
 	Log      *slog.Logger
 }
@@ -120,7 +120,8 @@ type Server struct {
 
 	inflated   *pool
 	compressed *pool
-	warm       *warm // nil without
+	warm       *warm    // nil without
+	capture    *capture // nil without
 	recorder   recorder
 	logged     causes
 	working    sync.WaitGroup // workers; added to under mu while not closed
@@ -158,6 +159,8 @@ func New(c Config) (*Server, error) {
 			return nil, err
 		}
 		s.warm = w
+	} else if c.KeepWarm != nil {
+		s.capture = &capture{keep: c.KeepWarm, layers: c.Layers}
 	}
 	return s, nil
 }

@@ -13,7 +13,6 @@ import (
 	"os"
 	"slices"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -80,48 +79,69 @@ func WriteWarm(ctx context.Context, w io.Writer, layers []Layer, blobs Blobs, p 
 }
 
 func writeWarm(ctx context.Context, w io.Writer, in *inflater, p Profile) error {
-	layers := in.layers
-	head := make([]byte, warmHeader)
-	copy(head, warmMagic)
-	binary.LittleEndian.PutUint32(head[len(warmMagic):], warmVersion)
-	if _, err := w.Write(head); err != nil {
+	out, err := newWarmWriter(w)
+	if err != nil {
 		return err
 	}
-	var index []byte
-	pieces := uint64(0)
-	buf := make([]byte, 0, WarmPiece)
 	var there Profile
 	for _, r := range p.Ranges {
-		if r.Layer >= 0 && r.Layer < len(layers) {
-			r.End = min(r.End, inflatedSize(layers[r.Layer]))
+		if r.Layer >= 0 && r.Layer < len(in.layers) {
+			r.End = min(r.End, inflatedSize(in.layers[r.Layer]))
 			there.Ranges = append(there.Ranges, r)
 		}
 	}
+	buf := make([]byte, 0, WarmPiece)
 	for _, r := range (Profile{}).Merge(there).Ranges { // no byte twice
-		end := r.End
-		for at := r.Start; at < end && pieces < maxWarmPieces; {
-			buf = buf[:min(end-at, WarmPiece)]
+		for at := r.Start; at < r.End; at += int64(len(buf)) {
+			buf = buf[:min(r.End-at, WarmPiece)]
 			if err := in.read(ctx, r.Layer, at, buf); err != nil {
 				return fmt.Errorf("warm file: %w", err)
 			}
-			if _, err := w.Write(buf); err != nil {
+			if err := out.add(r.Layer, at, buf); err != nil {
 				return err
 			}
-			sum := sha256.Sum256(buf)
-			index = binary.LittleEndian.AppendUint32(index, uint32(r.Layer))
-			index = binary.LittleEndian.AppendUint32(index, uint32(len(buf)))
-			index = binary.LittleEndian.AppendUint64(index, uint64(at))
-			index = append(index, sum[:]...)
-			pieces++
-			at += int64(len(buf))
 		}
 	}
+	return out.end(in.layers)
+}
+
+// A warmWriter writes a warm file piece by piece.
+type warmWriter struct {
+	w     io.Writer
+	index []byte
+}
+
+func newWarmWriter(w io.Writer) (*warmWriter, error) {
+	head := make([]byte, warmHeader)
+	copy(head, warmMagic)
+	binary.LittleEndian.PutUint32(head[len(warmMagic):], warmVersion)
+	_, err := w.Write(head)
+	return &warmWriter{w: w}, err
+}
+
+// add appends a piece of at most WarmPiece bytes. Beyond what a warm file may hold it does nothing.
+func (x *warmWriter) add(layer int, off int64, b []byte) error {
+	if len(x.index) >= maxWarmPieces*warmEntry {
+		return nil
+	}
+	if _, err := x.w.Write(b); err != nil {
+		return err
+	}
+	sum := sha256.Sum256(b)
+	x.index = binary.LittleEndian.AppendUint32(x.index, uint32(layer))
+	x.index = binary.LittleEndian.AppendUint32(x.index, uint32(len(b)))
+	x.index = binary.LittleEndian.AppendUint64(x.index, uint64(off))
+	x.index = append(x.index, sum[:]...)
+	return nil
+}
+
+func (x *warmWriter) end(layers []Layer) error {
 	belongs := layersSum(layers)
-	tail := binary.LittleEndian.AppendUint64(index, pieces)
+	tail := binary.LittleEndian.AppendUint64(x.index, uint64(len(x.index)/warmEntry))
 	tail = append(tail, belongs[:]...)
 	sum := sha256.Sum256(tail)
 	tail = append(append(tail, sum[:]...), warmMagic...)
-	_, err := w.Write(tail)
+	_, err := x.w.Write(tail)
 	return err
 }
 
@@ -132,7 +152,6 @@ type inflater struct {
 	budget int        // bytes of spans
 	held   int        // of it
 	spans  []inflated // last used last
-	rest   int        // after each span, this many times as long as it took
 }
 
 type inflated struct {
@@ -168,7 +187,6 @@ func (in *inflater) span(ctx context.Context, layer, i int) ([]byte, error) {
 	span := l.Ztoc.Span(i)
 	packed := make([]byte, span.Blob.Len())
 	buf := make([]byte, span.Out.Len())
-	began := time.Now()
 	for try := 0; ; try++ {
 		if err := in.blobs.ReadAt(ctx, l.Ref, packed, span.Blob.Start, ztoc.Prefetch); err != nil {
 			return nil, err
@@ -183,11 +201,6 @@ func (in *inflater) span(ctx context.Context, layer, i int) ([]byte, error) {
 		if e := in.blobs.Reject(l.Ref, span.Blob, err); e != nil || try == maxRejects {
 			return nil, errors.Join(e, err)
 		}
-	}
-	select {
-	case <-time.After(time.Duration(in.rest) * time.Since(began)):
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
 	}
 	in.spans = append(in.spans, inflated{id, buf})
 	for in.held += len(buf); in.held > in.budget && len(in.spans) > 1; {
@@ -304,20 +317,6 @@ func (w *warm) read(p []byte, piece int) error {
 		return fmt.Errorf("piece %d at %d: %w", piece, m.at, err)
 	}
 	return nil
-}
-
-// covers reports whether w has every byte of p.
-func (w *warm) covers(p Profile) bool {
-	for _, r := range p.Ranges {
-		for at := r.Start; at < r.End; {
-			piece, _, have := w.find(r.Layer, at)
-			if piece < 0 {
-				return false
-			}
-			at += have
-		}
-	}
-	return true
 }
 
 // advise asks the kernel to read the file ahead, which it does in the background.
