@@ -46,6 +46,7 @@ func TestKilledRuns(t *testing.T) {
 				r := h.start("run", ref, "sh", "-c", "python3 -c 'import json'; sleep 60 & sleep 60")
 				time.Sleep(time.Duration(random.ExpFloat64() * float64(400*time.Millisecond)))
 				sig := []syscall.Signal{syscall.SIGKILL, syscall.SIGKILL, syscall.SIGTERM, syscall.SIGINT}[i%4]
+				began := time.Now()
 				r.Process.Signal(sig) //nolint:errcheck // waited for
 				if code := r.end(t); sig != syscall.SIGKILL && code != 128+int(sig) {
 					t.Errorf("%v: exit code %d: %s", sig, code, r.err.String())
@@ -53,6 +54,9 @@ func TestKilledRuns(t *testing.T) {
 					plainMessage(t, strings.ReplaceAll(r.err.String(), "left\n", "left "))
 				}
 				h.processesGone(fmt.Sprintf("run %d, %v", i, sig))
+				if took := time.Since(began); took > 2*time.Second {
+					t.Logf("run %d took %v to end by %v", i, took, sig)
+				}
 				if t.Failed() {
 					return
 				}
@@ -160,7 +164,8 @@ func TestKilledMounts(t *testing.T) {
 					}
 				}
 				if isMounted(dir) {
-					if r := h.muster("umount", dir); r.code != 0 {
+					// Whoever serves it may be faster.
+					if r := h.muster("umount", dir); r.code != 0 && isMounted(dir) {
 						t.Errorf("umount after killing the %s: exit code %d, %s", what, r.code, r.stderr)
 					}
 				}
