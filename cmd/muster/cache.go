@@ -100,7 +100,7 @@ func (a *app) cacheGC() *cobra.Command {
 				return err
 			}
 			defer st.Close()
-			r, err := st.GC(store.GCOptions{Target: int64(target), Grace: grace})
+			r, err := st.GC(store.GCOptions{Target: int64(target), Grace: max(grace, 1)}) // 0 would be the default
 			if err != nil {
 				return err
 			}
