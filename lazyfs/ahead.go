@@ -82,16 +82,17 @@ func (s *Server) streamAt(x stretch, row tree.Row) *stream {
 func (s *Server) extend(st *stream, limit int64) {
 	window := min(st.done, s.streamBudget())
 	at := max(st.ahead, st.next)
+	warm := s.inWarm(st.layer, st.next-1)
 	for at < limit && s.aheadOfStreams < s.streamBudget() {
 		id, end := s.unitAt(st.layer, at)
-		if id == zeroUnit || (at >= st.next+window && st.ahead > st.next) {
+		if id == zeroUnit || (warm && id.source() != warmSource) || (at >= st.next+window && st.ahead > st.next) {
 			break
 		}
 		s.loadAhead(id, &s.aheadOfStreams)
 		at = end
 		st.ahead = end
 	}
-	if s.ahead == nil || st.files == 1 && limit-st.next < fetchStep {
+	if s.ahead == nil || warm || st.files == 1 && limit-st.next < fetchStep {
 		return
 	}
 	to := min(limit, st.next+min(4*st.done, fetchAhead))
@@ -105,6 +106,16 @@ func (s *Server) extend(st *stream, limit int64) {
 		}
 		go s.ahead.Prefetch(s.ctx, layer.Ref, r)
 	}
+}
+
+// inWarm reports whether a byte of a layer is in the warm file: what lies behind it and is not was not read the last
+// time, and will hardly be this time.
+func (s *Server) inWarm(layer int, off int64) bool {
+	if s.warm == nil {
+		return false
+	}
+	piece, _, _ := s.warm.find(layer, off)
+	return piece >= 0
 }
 
 const (
@@ -125,9 +136,9 @@ func (s *Server) neighbour(x stretch) {
 		}
 		return
 	}
-	_, end := s.unitAt(x.layer, x.off+x.n-1)
+	here, end := s.unitAt(x.layer, x.off+x.n-1)
 	id, _ := s.unitAt(x.layer, end)
-	if id == zeroUnit || s.units[id] != nil || !s.isLocal(id) {
+	if id == zeroUnit || s.units[id] != nil || here.source() != id.source() || !s.isLocal(id) {
 		return
 	}
 	s.loadAhead(id, &s.aheadOfMisses)
@@ -210,6 +221,10 @@ func (s *Server) loadInOrder(p Profile) {
 	s.mu.Unlock()
 }
 
+// sliver is what a profile may have beyond the warm file without a span being loaded ahead for it: recording rounds to
+// pages and closes small gaps, the warm file has exactly what was read.
+const sliver = 64 << 10
+
 // unitsOf is the units that hold the ranges of p, each once, in p's order.
 func (s *Server) unitsOf(p Profile) (units []unitID) {
 	seen := map[unitID]bool{}
@@ -221,6 +236,15 @@ func (s *Server) unitsOf(p Profile) (units []unitID) {
 			id, next := s.unitAt(r.Layer, at)
 			if id == zeroUnit {
 				break
+			}
+			next = min(next, end)
+			if s.warm != nil && id.source() != warmSource {
+				_, _, gap := s.warm.find(r.Layer, at)
+				next = min(next, at+gap)
+				if next-at < sliver {
+					at = next
+					continue
+				}
 			}
 			if !seen[id] {
 				seen[id] = true

@@ -20,11 +20,18 @@ type pool struct {
 	out  int              // bytes handed out
 }
 
-// Capacities are multiples of this below 16 times it, then an eighth of their power of two.
-const bufferGrain = 64 << 10
+// Capacities are multiples of this below 16 times it, then an eighth of their power of two. What is smaller comes from the
+// collected heap after all: a mapping of its own for each would cost more than it saves.
+const (
+	bufferGrain = 64 << 10
+	smallGrain  = 4 << 10
+)
 
 // class is the capacity of a buffer for n bytes: at most an eighth above n once n is past a few grains.
 func class(n int) int {
+	if n <= bufferGrain-smallGrain {
+		return (n + smallGrain - 1) &^ (smallGrain - 1)
+	}
 	if n <= 16*bufferGrain {
 		return (n + bufferGrain - 1) / bufferGrain * bufferGrain
 	}
@@ -39,6 +46,10 @@ func (p *pool) get(n int) ([]byte, error) {
 	c := class(n)
 	p.mu.Lock()
 	p.out += c
+	if c < bufferGrain {
+		p.mu.Unlock()
+		return make([]byte, n, c), nil
+	}
 	if l := p.free[c]; len(l) > 0 {
 		b := l[len(l)-1]
 		p.free[c] = l[:len(l)-1]
@@ -65,6 +76,10 @@ func (p *pool) put(b []byte) {
 	b = b[:cap(b)]
 	p.mu.Lock()
 	p.out -= len(b)
+	if len(b) < bufferGrain {
+		p.mu.Unlock()
+		return
+	}
 	if p.held+len(b) <= p.keep {
 		p.free[len(b)] = append(p.free[len(b)], b)
 		p.held += len(b)

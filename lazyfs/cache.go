@@ -40,6 +40,7 @@ type unit struct {
 	poked    bool   // with the priority of demand, from the start or later
 	ahead    *int64 // budget it counts against until somebody reads it; nil: read, or asked for
 	refs     int    // users of buf
+	read     int64  // bytes of it that readers got, some perhaps twice
 	buf      []byte
 
 	first, last *miss // reads that wait for it, first come first
@@ -150,6 +151,13 @@ func (c *cache) init(cfg Config) {
 func (c *cache) touch(u *unit) {
 	u.prev.next, u.next.prev = u.next, u.prev
 	c.link(u)
+}
+
+// sink makes u the least recently used.
+func (c *cache) sink(u *unit) {
+	u.prev.next, u.next.prev = u.next, u.prev
+	u.prev, u.next = c.lru.prev, &c.lru
+	u.prev.next, c.lru.prev = u, u
 }
 
 func (c *cache) link(u *unit) {

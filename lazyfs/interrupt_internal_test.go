@@ -73,7 +73,14 @@ func TestBufferClasses(t *testing.T) {
 	a[99], big[3<<20-1] = 1, 1
 	p.put(big) // more than is kept
 	p.put(a)
-	if p.bytes() != bufferGrain {
+	if p.bytes() != 0 {
+		t.Errorf("%d bytes held", p.bytes())
+	}
+	if a, err = p.get(100_000); err != nil {
+		t.Fatal(err)
+	}
+	p.put(a)
+	if p.bytes() != 2*bufferGrain {
 		t.Errorf("%d bytes held", p.bytes())
 	}
 	p.trim()

@@ -175,7 +175,28 @@ func (s *Server) pin(w *scratch) (missing *unit) {
 		}
 	}
 	w.moved = w.moved || missing != nil
+	if missing == nil {
+		s.count(w)
+	}
 	return missing
+}
+
+// count notes how much of the units of w.plan has been read. What was read to its end is in the page cache now, so it is
+// the first to go, before what somebody will come back to.
+func (s *Server) count(w *scratch) {
+	at, last := -1, zeroUnit
+	for _, r := range w.plan {
+		if r.id == zeroUnit {
+			continue
+		}
+		if r.id != last {
+			at, last = at+1, r.id
+		}
+		u := w.pins[at]
+		if u.read += r.n; u.read >= u.size {
+			s.sink(u)
+		}
+	}
 }
 
 func (s *Server) unpinLocked(pins []*unit) {

@@ -66,7 +66,7 @@ type Config struct {
 	// not whole or belongs to other layers is refused by New (ErrWarm): try again without it.
 	Warm *os.File
 
-	// Memory bounds the inflated bytes kept, default 40 MiB. Below four spans, sequential reads inflate one
+	// Memory bounds the inflated bytes kept, default 56 MiB. Below four spans, sequential reads inflate one
 	// span at a time; above, it only helps readers who come back to a span that the page cache has lost.
 	Memory int64
 	// Compressed bounds the compressed bytes in flight between Blobs and inflating, default 24 MiB. It is what
@@ -175,7 +175,7 @@ func (c *Config) setDefaults() {
 	or(&c.Inflaters, runtime.NumCPU())
 	or(&c.Loops, 2)
 	if c.Memory <= 0 {
-		c.Memory = 40 << 20
+		c.Memory = 56 << 20
 	}
 	if c.Compressed <= 0 {
 		c.Compressed = 24 << 20

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -83,6 +84,7 @@ func runServer(parent *pipe, log *slog.Logger, build Builder, code func(error) i
 	signal.Ignore(syscall.SIGTERM) // the parent decides
 	// Requests that need no inflating must not wait for those that do.
 	runtime.GOMAXPROCS(runtime.NumCPU() + 2)
+	debug.SetMemoryLimit(56 << 20) // of the collected heap, which inflated spans are not in
 
 	start, files, err := parent.read()
 	if err != nil {
