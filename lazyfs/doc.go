@@ -12,15 +12,18 @@
 //     lane has its own bound on workers and on compressed bytes in their hands, so none holds up another. A worker takes
 //     the bytes from Blobs, waits for a processor, inflates, which proves them, and answers who waited. Bytes that
 //     do not match are rejected and fetched again; when Blobs gives up the reader gets EIO, and the log one line per cause.
-//  6. Inflated spans stay in memory, least recently used first out, within Config.Memory. The page cache is the real cache.
+//  6. Inflated spans stay in memory within Config.Memory: what was read to its end goes first, then what was used least
+//     recently. The page cache is the real cache.
 //
 // What runs ahead of readers, at low priority and within budgets:
 //
 //   - Whoever reads a layer in order (a large file, or a tree in readdir order) has the next spans inflated on all
 //     processors, and tells Blobs of the compressed bytes further on.
 //   - A start-up profile of an earlier run is replayed in its order.
-//   - A warm file, inflated bytes of a profile written after an earlier run, replaces spans where it has them. Each piece is
-//     checked when it is read.
+//   - The span behind one that was missing is inflated too when it is local and a processor is free, as long as that
+//     proves right often enough.
+//   - A warm file, the inflated bytes that an earlier start read, replaces spans where it has them. Each piece is checked
+//     when it is read. It is made from what readers get while the program starts (Config.KeepWarm), or by WriteWarm.
 //
 // Readers that are killed are let go at once; a signal that does not kill does not disturb a read (see interrupt.go).
 //

@@ -32,6 +32,13 @@ import (
 // The test's own executable is what muster is outside: the processes of a mount are this program again.
 func TestMain(m *testing.M) {
 	mountd.Main(builder, func(error) int { return 7 })
+	if arg := os.Getenv(asUser); arg != "" {
+		if err := runErrand(arg); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	code := m.Run()
 	time.Sleep(100 * time.Millisecond)
 	if left := leftovers(); left != "" {
@@ -47,6 +54,8 @@ type order struct {
 	Fail  string
 	Hang  bool
 	Delay time.Duration // of each read of a blob
+
+	Private bool // for the one who mounts only, as users may
 }
 
 func builder(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
@@ -97,7 +106,7 @@ func builder(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
 		Config: lazyfs.Config{
 			Table: table, Layers: []lazyfs.Layer{{Ref: table.Layers()[0].Blob, Ztoc: z}}, Blobs: slowFile{blob, o.Delay},
 		},
-		Mount: lazyfs.MountOptions{Name: "Test", AllowOther: true},
+		Mount: lazyfs.MountOptions{Name: "Test", AllowOther: !o.Private},
 		Table: f,
 		State: []byte("state"),
 	}, nil
