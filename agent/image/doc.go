@@ -28,7 +28,7 @@
 //
 // # What runs concurrently
 //
-// The views of all layers are looked for at once, the pulls run at most Options.Cores + 1 at a time.
+// The views of all layers are looked for at once, at most four layers are pulled at a time.
 // Everything ends when the context given to Open ends; after Open returned, only the chain and the
 // lazyfs server have goroutines, and Image.Close ends those of the chain.
 //

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"slices"
 
 	"golang.org/x/sync/errgroup"
@@ -18,6 +19,13 @@ import (
 // enough that the windows and buffers of the builders do not add up.
 const maxPulls = 4
 
+// hugeLayer is the size from which spans are hugeSpan unless the configuration says otherwise: the table of a
+// layer is in memory while it is built, and with small spans that of 20 GB would take 200 MB.
+const (
+	hugeLayer = 4 << 30
+	hugeSpan  = 4 << 20
+)
+
 // pullTries is how often a layer is streamed when its bytes turn out wrong: a flipped bit on the way
 // is repaired, a registry that serves something else is told apart from it.
 const pullTries = 3
@@ -26,9 +34,11 @@ const pullTries = 3
 // while they arrive.
 func (o *opener) pullMissing(ctx context.Context, views []*view) error {
 	var missing []int
+	var bytes int64
 	for i, v := range views {
 		if v.ztoc == nil && duplicateOf(o.img.Layers, i) < 0 {
 			missing = append(missing, i)
+			bytes += o.img.Layers[i].Size
 			o.Progress.expect(o.img.Layers[i].Digest, o.img.Layers[i].Size)
 		}
 	}
@@ -39,7 +49,13 @@ func (o *opener) pullMissing(ctx context.Context, views []*view) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(maxPulls)
 	for _, i := range missing {
-		g.Go(func() error { return o.pull(ctx, o.img.Layers[i], views[i]) })
+		// Beside many layers of one size one core each is best; a layer that outweighs the others would keep the
+		// other cores waiting.
+		cores := 1
+		if 2*o.img.Layers[i].Size > bytes {
+			cores = runtime.GOMAXPROCS(0)
+		}
+		g.Go(func() error { return o.pull(ctx, o.img.Layers[i], views[i], cores) })
 	}
 	if err := g.Wait(); err != nil {
 		return err
@@ -70,8 +86,9 @@ func (o *opener) pullAgain(ctx context.Context, views []*view, cause error) erro
 
 // pull streams one layer through the builder. A layer that has no restart points is read a second
 // time, from the store, to be re-framed.
-func (o *opener) pull(ctx context.Context, l origin.Descriptor, v *view) error {
+func (o *opener) pull(ctx context.Context, l origin.Descriptor, v *view, cores int) error {
 	opts := o.buildOptions(l)
+	opts.Cores = cores
 	opts.Progress = o.Progress.layer(l.Digest)
 	mode := ModePulled
 	z, err := o.streamed(ctx, l, func(r io.Reader) (*ztoc.Ztoc, error) {
@@ -98,7 +115,11 @@ func (o *opener) pull(ctx context.Context, l origin.Descriptor, v *view) error {
 }
 
 func (o *opener) buildOptions(l origin.Descriptor) ztoc.BuildOptions {
-	return ztoc.BuildOptions{SpanSize: o.SpanSize, Tool: o.Tool, Want: l.Digest}
+	opts := ztoc.BuildOptions{SpanSize: o.SpanSize, Tool: o.Tool, Want: l.Digest}
+	if opts.SpanSize == 0 && l.Size > hugeLayer {
+		opts.SpanSize = hugeSpan
+	}
+	return opts
 }
 
 // streamed runs read over the bytes of l, again from the origin when they were not the right ones.

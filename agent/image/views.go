@@ -97,7 +97,7 @@ func (o *opener) findViews(ctx context.Context) ([]*view, error) {
 				if l.Size < wholeBelow && ctx.Err() == nil {
 					// Fetched whole in any case: beside the tables of the others, not after them.
 					o.Progress.expect(l.Digest, l.Size)
-					return o.pull(ctx, l, v)
+					return o.pull(ctx, l, v, 1)
 				}
 				return ctx.Err()
 			}
