@@ -157,6 +157,7 @@ func (a *app) run(ctx context.Context, f runFlags, ref string, args []string) er
 	// Requests that need no inflating must find a processor while others inflate.
 	serve.Inflaters = goruntime.GOMAXPROCS(0)
 	goruntime.GOMAXPROCS(serve.Inflaters + 2)
+	serve.Memory = runMemory
 	server, err := lazyfs.New(serve)
 	if err != nil {
 		return fmt.Errorf("%s: %w", ref, err)
@@ -196,6 +197,10 @@ func (a *app) run(ctx context.Context, f runFlags, ref string, args []string) er
 	}
 	return finished(code)
 }
+
+// runMemory bounds the inflated bytes at hand. It is more than a mount has, since here a program is certain to start, and
+// starts come back to spans they have left. It is given back when reading ends.
+const runMemory = 96 << 20
 
 // serveWait bounds how long the server may take to notice that its mount is gone.
 const serveWait = 5 * time.Second
