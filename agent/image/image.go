@@ -308,6 +308,9 @@ func (im *Image) configure(views []*view) {
 		Presentation: im.o.Presentation,
 		Log:          im.o.Log,
 		OnProfile:    im.keepProfile,
+		KeepWarm: func(write func(io.Writer) error) error {
+			return im.o.Store.Put(store.KindWarm, im.startKey, write)
+		},
 	}
 	for _, v := range views {
 		im.config.Layers = append(im.config.Layers, lazyfs.Layer{Ref: v.blob(), Ztoc: v.ztoc})

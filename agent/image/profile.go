@@ -94,10 +94,11 @@ func (im *Image) keepProfile(p lazyfs.Profile) {
 	if old, err := lazyfs.DecodeProfile(im.keptProfile()); err == nil {
 		before := old.Bytes()
 		p = old.Merge(p)
-		if p.Bytes() == before {
+		// A few pages more or less are chance, and not worth a new warm file.
+		if p.Bytes() <= before+before/20 {
 			return
 		}
-		// The warm file lacks what is new. It is made again at a quiet moment of the next mount.
+		// The warm file lacks what is new. The next mount makes it again.
 		if err := im.o.Store.Delete(store.KindWarm, im.startKey); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			im.o.Log.Debug("an outdated warm file stays", "cause", err)
 		}
