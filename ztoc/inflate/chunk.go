@@ -3,7 +3,7 @@ package inflate
 import "sync"
 
 const (
-	chunkSize = 512 << 10 // compressed bytes of a chunk
+	chunkSize = 512 << 10 // compressed bytes of a chunk, but in some tests
 	pieceSize = 1 << 20   // inflated bytes of a piece, about
 	maxPieces = 8         // a chunk that inflates to more is left to one core
 	wideSize  = 2 << 20   // inflated bytes of a chunk until its window must be known
@@ -63,9 +63,9 @@ type chunk struct {
 	ended  bool  // behind a trailer that no member's header follows
 }
 
-func newChunk(index int, begin int64) *chunk {
+func newChunk(index int, begin, size int64) *chunk {
 	return &chunk{
-		index: index, begin: begin, end: begin + chunkSize, from: -1, guess: -1,
+		index: index, begin: begin, end: begin + size, from: -1, guess: -1,
 		known: make(chan struct{}), done: make(chan struct{}),
 	}
 }

@@ -8,6 +8,7 @@ import (
 // A crew is the workers that inflate chunks of one file, and what they share.
 type crew struct {
 	begin int64 // offset in the file of the first chunk
+	size  int64 // of every chunk but the last
 	ahead int   // a chunk's worker may read the input of so many chunks, counting its own
 	tasks chan *chunk
 	stop  chan struct{} // closed to stop
@@ -16,16 +17,17 @@ type crew struct {
 	mu   sync.Mutex // guards what follows and some of the chunks
 	cond sync.Cond  // there is more input, or no more
 	held int        // index of the first chunk whose input is in segs
-	segs [][]byte   // input of chunks from held on, each chunkSize but the last
+	segs [][]byte   // input of chunks from held on, each size but the last
 	have int64      // offset in the file of the end of the input so far
 	eof  bool       // there will be no more
 	lost int        // chunks in a row in which no block could be found
 }
 
-// newCrew makes a crew of n workers, which are yet to start, for a file from offset begin on.
-func newCrew(begin int64, n int) *crew {
+// newCrew makes a crew of n workers, which are yet to start, for a file from offset begin on, in chunks of
+// size bytes.
+func newCrew(begin, size int64, n int) *crew {
 	w := &crew{
-		begin: begin, have: begin, ahead: n + 2, tasks: make(chan *chunk, n+3), stop: make(chan struct{}),
+		begin: begin, size: size, have: begin, ahead: n + 2, tasks: make(chan *chunk, n+3), stop: make(chan struct{}),
 	}
 	w.cond.L = &w.mu
 	return w
@@ -90,12 +92,12 @@ func (w *crew) room() []byte {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	n := len(w.segs)
-	if n == 0 || len(w.segs[n-1]) == chunkSize {
-		w.segs = append(w.segs, segments.Get().(*[chunkSize]byte)[:0])
+	if n == 0 || len(w.segs[n-1]) == int(w.size) {
+		w.segs = append(w.segs, segments.Get().(*[chunkSize]byte)[:0:w.size])
 		n++
 	}
 	s := w.segs[n-1]
-	return s[len(s):chunkSize]
+	return s[len(s):w.size]
 }
 
 var segments = sync.Pool{New: func() any { return new([chunkSize]byte) }}
@@ -104,7 +106,9 @@ var segments = sync.Pool{New: func() any { return new([chunkSize]byte) }}
 func (w *crew) drop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	segments.Put((*[chunkSize]byte)(w.segs[0][:chunkSize]))
+	if w.size == chunkSize {
+		segments.Put((*[chunkSize]byte)(w.segs[0][:chunkSize]))
+	}
 	w.segs = w.segs[1:]
 	w.held++
 }
@@ -113,14 +117,14 @@ func (w *crew) drop() {
 // is too far ahead, or the crew is stopping.
 func (w *crew) read(c *chunk, off int64, p []byte) int {
 	w.mu.Lock()
-	for off >= w.have && !w.eof && !w.stopping() && off < w.begin+int64(c.index+w.ahead)*chunkSize {
+	for off >= w.have && !w.eof && !w.stopping() && off < w.begin+int64(c.index+w.ahead)*w.size {
 		w.cond.Wait()
 	}
 	if off >= w.have || w.stopping() {
 		w.mu.Unlock()
 		return 0
 	}
-	i, o := (off-w.begin)/chunkSize, (off-w.begin)%chunkSize
+	i, o := (off-w.begin)/w.size, (off-w.begin)%w.size
 	s := w.segs[int(i)-w.held]
 	w.mu.Unlock()
 	return copy(p, s[o:]) // what is there does not change
@@ -193,7 +197,7 @@ func (w *crew) rest(off int64, r io.Reader, err error) io.Reader {
 	}
 	s := &source{r: r, err: err}
 	for i, seg := range w.segs {
-		at := w.begin + int64(w.held+i)*chunkSize
+		at := w.begin + int64(w.held+i)*w.size
 		if n := max(0, off-at); n < int64(len(seg)) {
 			s.bufs = append(s.bufs, seg[n:])
 		}

@@ -61,6 +61,7 @@ func FuzzReader(f *testing.F) {
 		if !bytes.Equal(got, plain) || fmt.Sprint(err) != fmt.Sprint(plainErr) {
 			t.Fatalf("%d bytes and %v, %d and %v without assembly", len(got), err, len(plain), plainErr)
 		}
+		checkCrew(t, gz, got, err, points)
 		slow, slowErr := io.ReadAll(io.LimitReader(NewReader(iotest.OneByteReader(bytes.NewReader(gz)), Options{}), fuzzLimit))
 		if !bytes.Equal(got, slow) || fmt.Sprint(err) != fmt.Sprint(slowErr) {
 			t.Fatalf("%d bytes and %v at once, %d and %v byte by byte", len(got), err, len(slow), slowErr)
@@ -85,6 +86,29 @@ func FuzzReader(f *testing.F) {
 			t.Fatalf("%d bytes, other than compress/gzip's %d", len(got), len(want))
 		}
 	})
+}
+
+// checkCrew inflates gz with several cores in tiny chunks and compares with what one core found.
+func checkCrew(t *testing.T, gz, want []byte, wantErr error, wantPoints []restart) {
+	t.Helper()
+	z := &Reader{chunk: 100 + int64(len(gz))%400}
+	i := 0
+	z.Reset(bytes.NewReader(gz), Options{
+		Cores:    2 + len(gz)%2,
+		Interval: 500,
+		OnCheckpoint: func(c Checkpoint, window []byte) error {
+			if i >= len(wantPoints) || wantPoints[i].Checkpoint != c || !bytes.Equal(wantPoints[i].window, window) {
+				return fmt.Errorf("checkpoint %d is %+v", i, c)
+			}
+			i++
+			return nil
+		},
+	})
+	defer z.Close()
+	got, err := io.ReadAll(io.LimitReader(z, fuzzLimit))
+	if !bytes.Equal(got, want) || fmt.Sprint(err) != fmt.Sprint(wantErr) || len(got) < fuzzLimit && i != len(wantPoints) {
+		t.Fatalf("several cores: %d bytes, %d checkpoints, %v; one: %d, %d, %v", len(got), i, err, len(want), len(wantPoints), wantErr)
+	}
 }
 
 // standard is what compress/gzip makes of gz.

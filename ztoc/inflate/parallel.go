@@ -44,22 +44,26 @@ func (z *Reader) hire() {
 		rest = append([]byte{byte(d.bb << (8 - d.nb))}, rest...)
 	}
 
-	head := newChunk(0, begin)
+	size := int64(chunkSize)
+	if z.chunk > 0 {
+		size = z.chunk
+	}
+	head := newChunk(0, begin, size)
 	head.from = bit
 	head.window.n = min(windowSize, d.wp-d.lo)
 	copy(head.window.b[windowSize-head.window.n:], d.out[d.wp-head.window.n:d.wp])
 	close(head.known)
-	s := &shift{crew: newCrew(begin, z.o.Cores), head: head, tail: head, err: z.late}
+	s := &shift{crew: newCrew(begin, size, z.o.Cores), head: head, tail: head, err: z.late}
 	z.shift, z.late = s, nil
 	for len(rest) > 0 {
 		n := copy(s.crew.room(), rest)
 		s.crew.add(n, false)
 		rest = rest[n:]
 	}
-	for s.crew.have < begin+2*chunkSize && s.err == nil {
+	for s.crew.have < begin+2*size && s.err == nil {
 		z.pull()
 	}
-	if s.err != nil && s.crew.have < begin+2*chunkSize {
+	if s.err != nil && s.crew.have < begin+2*size {
 		z.leave(bit, &head.window, inData)
 		z.hireAt = math.MaxInt64
 		return
@@ -84,21 +88,21 @@ func (z *Reader) pull() {
 	s.crew.add(n, s.err != nil)
 }
 
-// dispatch gives the workers the chunks whose input is there.
+// dispatch gives the workers the chunks whose input is there, as far ahead as they may be.
 func (s *shift) dispatch() {
-	for s.tail != nil {
+	for s.tail != nil && s.tail.index < s.head.index+s.crew.ahead {
 		c := s.tail
 		switch {
 		case s.err != nil && s.crew.have <= c.end:
 			c.end = math.MaxInt64 / 16 // in bits it must not overflow either
 			s.tail = nil
 		case s.crew.have >= c.end:
-			c.next = newChunk(c.index+1, c.end)
+			c.next = newChunk(c.index+1, c.end, s.crew.size)
 			s.tail = c.next
 		default:
 			return
 		}
-		s.crew.tasks <- c // has room for all that may be ahead
+		s.crew.tasks <- c // has room for so many
 	}
 }
 
@@ -122,7 +126,7 @@ func (z *Reader) pump() {
 			s.crew.drop()
 			if s.crew.useless() {
 				z.leave(s.head.from, &s.head.window, inData)
-				z.hireAt = z.base + 64*chunkSize
+				z.hireAt = z.base + 64*s.crew.size
 				return
 			}
 		}
@@ -134,7 +138,7 @@ func (z *Reader) pump() {
 			continue
 		default:
 		}
-		if s.err == nil && s.crew.have < s.crew.begin+int64(s.head.index+s.crew.ahead)*chunkSize {
+		if s.err == nil && s.crew.have < s.crew.begin+int64(s.head.index+s.crew.ahead)*s.crew.size {
 			z.pull()
 			s.dispatch()
 			continue
@@ -151,11 +155,14 @@ func (z *Reader) take(c *chunk) bool {
 	s.first = z.zero + int64(z.d.wp)
 	if !c.ok || !z.check(c) {
 		z.leave(c.from, &c.window, inData)
-		z.hireAt = z.base + 8*chunkSize
+		z.hireAt = z.base + 8*s.crew.size
 		return false
 	}
 	s.now, s.head = c, c.next
 	s.done, s.mark = 0, 0
+	if s.head != nil {
+		s.dispatch()
+	}
 	return true
 }
 

@@ -78,7 +78,7 @@ func large(size int) []byte {
 
 // TestCores compares one core and several in everything that can be seen.
 func TestCores(t *testing.T) {
-	data := large(12 << 20)
+	data := large(8 << 20)
 	one := compress(t, data, 6, gzip.Header{Name: "one"})
 	var small, members, mixed []byte
 	for at := 0; at < len(data); at += 64 << 10 {
@@ -91,7 +91,7 @@ func TestCores(t *testing.T) {
 		at += len(part)
 	}
 	for i := range 3 { // with what only one core can do in between
-		mixed = append(mixed, compress(t, data[i<<20:6<<20], 6, gzip.Header{})...)
+		mixed = append(mixed, compress(t, data[i<<20:5<<20], 6, gzip.Header{})...)
 		mixed = append(mixed, compress(t, make([]byte, 30<<20), 6, gzip.Header{})...)
 		mixed = append(mixed, compress(t, data[:5<<20], 0, gzip.Header{})...)
 	}
@@ -122,13 +122,14 @@ func TestCores(t *testing.T) {
 	}
 	for name, gz := range files {
 		t.Run(name, func(t *testing.T) {
-			for _, interval := range []int64{1, 300_000} {
-				want := readResult(bytes.NewReader(gz), 1, interval, true)
-				for _, cores := range []int{2, 3} {
-					got := readResult(iotest.DataErrReader(bytes.NewReader(gz)), cores, interval, cores == 2)
-					if got != want {
-						t.Errorf("%d cores, interval %d:\n%+v\n%+v", cores, interval, got, want)
-					}
+			for _, how := range []struct {
+				cores    int
+				interval int64
+			}{{2, 1}, {3, 300_000}} {
+				want := readResult(bytes.NewReader(gz), 1, how.interval, true)
+				got := readResult(iotest.DataErrReader(bytes.NewReader(gz)), how.cores, how.interval, how.cores == 2)
+				if got != want {
+					t.Errorf("%+v:\n%+v\n%+v", how, got, want)
 				}
 			}
 		})

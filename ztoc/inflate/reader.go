@@ -46,6 +46,8 @@ type Reader struct {
 	d   decoder // d.in is the valid part of buf
 	buf [inSize]byte
 	out [outSize + maxMatch + slack]byte
+
+	chunk int64 // of a crew, bytes; 0: chunkSize. Tests have it smaller
 	state
 }
 

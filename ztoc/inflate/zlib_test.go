@@ -134,6 +134,10 @@ func agree(t *testing.T, z *Reader, b, want []byte, verdict byte, spans bool) {
 			t.Errorf("%s: %d bytes for %d", how.name, len(got), len(want))
 		}
 	}
+	if spans && !t.Failed() {
+		got, points, err := readAll(b, 500)
+		checkCrew(t, b, got, err, points)
+	}
 	if spans && verdict == 'K' && !t.Failed() {
 		checkSpans(t, b, want, points)
 	}
