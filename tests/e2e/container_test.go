@@ -13,28 +13,30 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/muster-hpc/muster/tests/e2e/compare"
 )
 
+// containers are the images that containers are compared for.
+var containers = []string{"debian-python", "torture"}
+
 // TestContainerEqualsContainer lists the whole tree from inside a container that muster runs with runc, and
 // from inside one that runc runs over umoci's unpack: both are the same.
 func TestContainerEqualsContainer(t *testing.T) {
-	for _, name := range []string{"debian-python", "torture"} {
+	for _, name := range containers {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			h := newHost(t, 0)
 			cmd := h.command("run", "--runtime", "runc", "--bind", self()+":/walker:ro", "--env", asUser+"="+inside, "--user", "0:0", "--entrypoint", "/walker", image(t, name))
 			got := h.inside(cmd)
 
-			began := time.Now()
-			root := h.unpack(layout(t, name))
-			h.editBundle(filepath.Dir(root))
+			u := h.unpacked(name)
+			bundle := filepath.Dir(u.root)
+			h.editBundle(bundle)
 			id := fmt.Sprintf("muster-e2e-%d-%s", os.Getpid(), name)
-			runc := exec.Command("runc", "--root", h.newDir(), "run", "--bundle", filepath.Dir(root), id)
+			runc := exec.Command("runc", "--root", h.newDir(), "run", "--bundle", bundle, id)
 			want := h.inside(runc)
-			report(t, compare.Diff(got, want, compare.DiffOptions{UnpackedAt: began, IgnorePaths: []string{"/etc/resolv.conf", "/etc/hosts"}}))
+			report(t, compare.Diff(got, want, compare.DiffOptions{UnpackedAt: u.began, IgnorePaths: []string{"/etc/resolv.conf", "/etc/hosts"}}))
 		})
 	}
 }
@@ -79,7 +81,7 @@ func (h *host) editBundle(dir string) {
 	process := c["process"].(map[string]any)
 	process["args"], process["terminal"] = []string{"/walker"}, false
 	process["env"] = []string{asUser + "=" + inside}
-	process["cwd"] = "/"
+	process["cwd"], process["user"] = "/", map[string]any{"uid": 0, "gid": 0}
 	caps := []string{
 		"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID", "CAP_SETUID",
 		"CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SYS_CHROOT", "CAP_AUDIT_WRITE", "CAP_SETFCAP",

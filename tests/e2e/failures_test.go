@@ -219,6 +219,23 @@ func TestRemovalStopsTraffic(t *testing.T) {
 		if len(l.Images) > 0 || l.Usage.Used > 1<<20 {
 			t.Errorf("after cache rm: %+v", l)
 		}
+
+		// Beneath a mount: who reads is served, and what that stored belongs to nobody afterwards.
+		dir = h.mount(ref)
+		if err := readBig(dir, 1, 0); err != nil {
+			t.Fatal(err)
+		}
+		h.must("cache", "rm", ref)
+		for n := range bigFiles {
+			if err := readBig(dir, 1, n); err != nil {
+				t.Error(err)
+			}
+		}
+		h.must("umount", dir)
+		h.must("cache", "gc", "--grace", "0s")
+		if u := used(t, h.store); u > 1<<20 {
+			t.Errorf("%d bytes of a removed image are left", u)
+		}
 	})
 }
 
