@@ -167,6 +167,9 @@ func (o *opener) resolve(ctx context.Context) (offline bool, err error) {
 }
 
 func (o *opener) refKey(ref origin.Reference) string {
+	if ref.Digest != "" {
+		ref.Tag = "" // says nothing beside a digest: name@digest is found under what name:tag came to
+	}
 	return store.Key(ref.String() + " " + cmp.Or(o.Platform, origin.DefaultPlatform()))
 }
 
