@@ -23,6 +23,7 @@ const (
 	maxDeaths    = 5                // of servers
 	deathsWithin = 30 * time.Second // of each other
 	firstAnswer  = 30 * time.Second // from mounting until the root directory answers
+	serverWait   = 3 * time.Second  // for a server to end by itself when the parent does
 )
 
 // parent is the process that holds a mount together. Everything is used by its main goroutine only, except what
@@ -319,13 +320,17 @@ func (p *parent) clearUp() {
 		}
 	}
 	if p.server != nil {
-		_ = p.server.cmd.Process.Kill()
-		for gone := time.After(5 * time.Second); p.server != nil; {
+		// It sees that nobody is there, and takes its temporary files along.
+		p.server.pipe.Close()
+		kill := time.After(serverWait)
+		for gone := time.After(serverWait + 5*time.Second); p.server != nil; {
 			select {
 			case e := <-p.events:
 				if e.from == p.server && e.died != nil {
 					p.server = nil
 				}
+			case <-kill:
+				_ = p.server.cmd.Process.Kill()
 			case <-gone: // it hangs in the kernel; it will die when it can
 				p.server = nil
 			}
