@@ -347,8 +347,10 @@ func TestNumpy(t *testing.T) {
 				}
 			}
 			s = check(h, "again", through(p, plain))
-			if n := p.Bytes(blobs("")); n > 0 {
-				t.Errorf("running again fetched %d bytes", n)
+			for _, l := range s.Layers {
+				if n := p.Bytes(blobs(l.Digest)); n > 0 || l.Mode != "kept" {
+					t.Errorf("running again fetched %d bytes of layer %s, which is %s", n, l.Digest, l.Mode)
+				}
 			}
 			digest := strings.TrimSuffix(through(p, plain), ":latest") + "@" + s.Digest
 			p.Down() //nolint:errcheck // it is down
