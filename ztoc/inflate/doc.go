@@ -12,9 +12,9 @@
 //     The table for codes of up to n+1 bits is that for up to n bits written twice.
 //  2. The fast loop (fastBMI2 in assembly, fastGo in Go, chosen by the CPU) decodes while there are 16
 //     bytes of input and room for 6 literals and a match, so that nothing is checked in between. It loads
-//     eight bytes at a time into a bit buffer of 64 bits, writes two bytes for every literal, and copies 16
-//     bytes of a match at a time, for a distance below 16 a pattern made by one shuffle. What it writes too
-//     much is overwritten later, or is in the slack behind the output.
+//     eight bytes at a time into a bit buffer of 64 bits, writes two bytes for every literal, and copies 32
+//     bytes for every match and then 16 at a time, for a distance below 16 a pattern made by one shuffle.
+//     What it writes too much is overwritten later, or is in the slack behind the output.
 //  3. The careful loop takes up every symbol by itself: at the ends of input and output, and where
 //     something is wrong with the stream, which it then says.
 //

@@ -114,19 +114,21 @@ haveDistance:
 	CMPL  R13, $16
 	JCS   near
 	MOVOU X0, (DI)
-	CMPL  R12, $16
+	MOVOU 16(DX), X1
+	MOVOU X1, 16(DI)
+	CMPL  R12, $32
 	JHI   long
 	ADDQ  R12, DI
 	JMP   loop
 
-	// A match of more than 16 bytes from at least 16 bytes back.
+	// A match of more than 32 bytes from at least 16 bytes back.
 long:
 	ADDQ R12, DI
 	NEGQ R12
 
 long16:
 	ADDQ  $16, R12
-	JGE   loop                // not taken the first time
+	JGE   loop
 	ADDQ  $16, DX
 	MOVOU (DX), X0
 	MOVOU X0, (DI)(R12*1)
