@@ -79,7 +79,9 @@ func TestTrace(t *testing.T) {
 		{"its neighbour is there then", [][2]int{{300, 304}, {304, 400}}, "256+256"},
 		{"across two units", [][2]int{{500, 520}}, "256+512"},
 		{"a unit and more is taken as it is", [][2]int{{300, 700}}, "300+400"},
-		{"present blocks are left out", [][2]int{{300, 700}, {256, 260}, {690, 710}}, "256+44 300+400 700+68"},
+		{"present blocks are left out", [][2]int{{300, 700}, {256, 260}, {690, 710}}, "256+44 300+400 700+1092"},
+		{"what goes on from present blocks fetches on", [][2]int{{300, 304}, {600, 604}, {1700, 1704}}, "256+256 512+1280"},
+		{"what stands alone does not", [][2]int{{300, 304}, {3000, 3004}}, "256+256 2816+256"},
 		{"large reads are cut at 4 MiB", [][2]int{{1024, 11 * 1024}}, "1024+4096 5120+4096 9216+2048"},
 		{"the blob's end", [][2]int{{20 * 1024, 20 * 1024}}, "20971520B+1000B"},
 	} {

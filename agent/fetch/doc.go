@@ -11,8 +11,9 @@
 //     served when its own bytes are there, not when the flight ends.
 //
 // What a flight fetches: a small read is widened to the aligned unit around it (256 KiB) as far as blocks are
-// absent; neighbours that still wait in the queue are merged into one request when it starts. Present blocks are
-// never fetched again.
+// absent, and by four units more when the block before it is present, since files that are used together
+// lie together. Neighbours that still wait in the queue are merged into one request when it starts. Present
+// blocks are never fetched again.
 //
 // Who goes first: demand before streams before prefetch, and some requests are reserved for demand. A
 // demand read of what is queued, or far ahead in a running prefetch or stream, is cut out of it and becomes a

@@ -33,6 +33,8 @@ const (
 	// it. Further away it gets a request of its own, which costs a round trip.
 	demandAhead = 1 << 20
 
+	followUnits = 4 // how many units more a small demand read fetches where it goes on from what is present
+
 	nearlyDone = 512 << 10 // a flight with less than that, and a quarter of it, to come is not cancelled
 
 	prefetchStart = 1 << 20 // bytes of the first requests of a Prefetch call

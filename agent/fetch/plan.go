@@ -61,6 +61,11 @@ func (c *Chain) launch(b *blob, r ztoc.Range, cl class, o coverOptions) int64 {
 		most = min(prefetchStart, c.o.MaxPrefetch) // merged again when they start
 	}
 	out := r
+	if st := b.kept.get(); st != nil && cl == demand && wide != r && wide.Start > 0 &&
+		len(st.Missing(ztoc.Range{Start: wide.Start - 1, End: wide.Start})) == 0 {
+		// What lies before it was wanted too, so what lies behind it probably will be.
+		wide.End = min(wide.End+followUnits*c.o.Unit, b.ref.Size)
+	}
 	if st := b.kept.get(); st != nil && !o.force {
 		wide.End = max(wide.End, min((r.End+blockSize-1)/blockSize*blockSize, b.ref.Size))
 		for _, m := range st.Missing(wide) {
