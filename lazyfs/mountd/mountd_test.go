@@ -214,7 +214,7 @@ func start(t *testing.T, o order, with func(*mountd.Options)) (*mountd.Mount, er
 					t.Errorf("unmount: busy %v, %v", busy, err)
 				}
 			}
-			gone(t, m.Dir, 3*time.Second)
+			gone(t, m.Dir, soon)
 		})
 	}
 	return m, err
@@ -264,6 +264,9 @@ func leftovers() string {
 	}
 	return strings.Join(l, "\n")
 }
+
+// soon is how long the end of something that ends at once may take on a machine with much else to do.
+const soon = 15 * time.Second
 
 // gone waits until neither mount nor process of dir is there.
 func gone(t *testing.T, dir string, within time.Duration) {
@@ -332,7 +335,7 @@ func TestCommandGivesUp(t *testing.T) {
 	if !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
-	gone(t, dir, time.Second)
+	gone(t, dir, soon)
 }
 
 func TestServerIsReplaced(t *testing.T) {
@@ -380,7 +383,7 @@ func TestTooManyDeaths(t *testing.T) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	gone(t, m.Dir, time.Second)
+	gone(t, m.Dir, soon)
 }
 
 func TestParentIsKilled(t *testing.T) {
@@ -390,7 +393,7 @@ func TestParentIsKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	syscall.Kill(m.Parent, syscall.SIGKILL)
-	gone(t, m.Dir, 2*time.Second)
+	gone(t, m.Dir, soon)
 }
 
 func TestParentIsTerminated(t *testing.T) {
@@ -400,7 +403,7 @@ func TestParentIsTerminated(t *testing.T) {
 		t.Fatal(err)
 	}
 	syscall.Kill(m.Parent, syscall.SIGTERM)
-	gone(t, m.Dir, 2*time.Second)
+	gone(t, m.Dir, soon)
 }
 
 func TestUnmountWithAProcessInside(t *testing.T) {
@@ -421,7 +424,7 @@ func TestUnmountWithAProcessInside(t *testing.T) {
 	if _, err := lazyfs.Mounted(m.Dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("still mounted: %v", err)
 	}
-	gone(t, m.Dir, 3*time.Second)
+	gone(t, m.Dir, soon)
 }
 
 // private is the memory that the processes of a mount have for themselves, bytes.
@@ -494,11 +497,11 @@ print "started\n"; <STDIN>; kill 9, @p; wait for @p`
 	}
 	began := time.Now()
 	stdin.Close()
-	if err := readers.Wait(); err != nil || time.Since(began) > 3*time.Second {
+	if err := readers.Wait(); err != nil || time.Since(began) > soon {
 		t.Errorf("readers ended after %v: %v", time.Since(began), err)
 	}
 	gone := time.Now()
-	if busy, err := m.Unmount(t.Context()); err != nil || busy || time.Since(gone) > 5*time.Second {
+	if busy, err := m.Unmount(t.Context()); err != nil || busy || time.Since(gone) > soon {
 		t.Errorf("unmount after %v: busy %v, %v", time.Since(gone), busy, err)
 	}
 }

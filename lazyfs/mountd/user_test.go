@@ -109,5 +109,5 @@ func TestMountAsUser(t *testing.T) {
 	if want := fmt.Sprintf("%x", sum); err != nil || string(out) != want {
 		t.Errorf("%q, %v", out, err)
 	}
-	gone(t, dir, time.Second)
+	gone(t, dir, soon)
 }
