@@ -312,7 +312,11 @@ func (im *Image) configure(views []*view) {
 		Log:          im.o.Log,
 		OnProfile:    im.keepProfile,
 		KeepWarm: func(write func(io.Writer) error) error {
-			return im.o.Store.Put(store.KindWarm, im.startKey, write)
+			err := im.o.Store.Put(store.KindWarm, im.startKey, write)
+			if errors.Is(err, store.ErrNoSpace) {
+				return nil // the store has said so
+			}
+			return err
 		},
 	}
 	for _, v := range views {
