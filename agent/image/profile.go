@@ -39,11 +39,31 @@ func (im *Image) loadProfile() string {
 		return "guess"
 	}
 	im.config.Profile = p
-	if w, err := im.o.Store.Get(store.KindWarm, im.startKey); err == nil {
-		im.config.Warm = w
+	if im.openWarm() {
 		return "warm"
 	}
 	return "profile"
+}
+
+// openWarm gives the mount the kept warm file. One that is damaged, or of other layers (a derived blob that was made
+// again), would keep the server from starting: it is deleted, and made again by this mount.
+func (im *Image) openWarm() bool {
+	w, err := im.o.Store.Get(store.KindWarm, im.startKey)
+	if err != nil {
+		return false
+	}
+	c := im.config
+	c.Warm = w
+	if _, err = lazyfs.New(c); err == nil {
+		im.config.Warm = w
+		return true
+	}
+	_ = w.Close()
+	im.o.Log.Warn("a warm file is not used", "cause", err)
+	if err := im.o.Store.Delete(store.KindWarm, im.startKey); err != nil {
+		im.o.Log.Debug("an unusable warm file stays", "cause", err)
+	}
+	return false
 }
 
 // keptProfile is the encoded profile of the image, or nothing.
