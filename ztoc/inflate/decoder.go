@@ -48,16 +48,17 @@ type decoder struct {
 
 	lo int // matches reach back to here and not beyond
 
-	plain bool // never in assembly: tests compare
-	stage stage
-	last  bool // the current block is the last one
-	left  int  // of a stored block, bytes
-	cause Cause
-	codes *codes // of the current block: &own or &fixed
-	own   codes
-	lens  [320]uint8
-	clen  [1 << 7]uint8         // code length code: symbol<<3 | bits
-	used  *[windowSize / 8]byte // of the 32 KiB at the start of out, which bytes matches reach; nil: not asked
+	plain  bool // never in assembly: tests compare
+	stage  stage
+	last   bool // the current block is the last one
+	left   int  // of a stored block, bytes
+	cause  Cause
+	codes  *codes // of the current block: &own or &fixed
+	own    codes
+	paired bool                  // codes.lit has pairs of literals
+	lens   [maxLens]uint8        // of own's codes
+	clen   [1 << 7]uint8         // code length code: symbol<<3 | bits
+	used   *[windowSize / 8]byte // of the 32 KiB at the start of out, which bytes matches reach; nil: not asked
 }
 
 // restart makes d new but for its tables, with this output.
@@ -210,13 +211,13 @@ func (d *decoder) readHeader() status {
 		d.left = int(n & 0xffff)
 		d.stage = inStored
 	case 1:
-		d.codes = &fixed
+		d.codes, d.paired = &fixed, true
 		d.stage = inCodes
 	case 2:
 		if s := d.readCodes(); s != isFull {
 			return s
 		}
-		d.codes = &d.own
+		d.codes, d.paired = &d.own, false
 		d.stage = inCodes
 	default:
 		return d.bad(BadBlockType)

@@ -1,9 +1,22 @@
 package inflate
 
+// pairAfter is how many bytes a block inflates to before it is worth pairing the literals in its table.
+const pairAfter = 2 << 10
+
 // symbols decodes the symbols of a block with codes. blockEnd says that the end code was read.
 func (d *decoder) symbols() status {
 	if d.used == nil {
 		inEnd, outEnd := len(d.in)-fastIn, min(d.end, max(len(d.out), len(d.wide))-maxMatch-slack)
+		if !d.paired && d.pos <= inEnd && d.wp < outEnd {
+			enough := d.wp + pairAfter
+			if d.fast(inEnd, min(outEnd, enough)) == fastEnd {
+				return blockEnd
+			}
+			if d.wp >= enough {
+				d.own.lit.pair(&d.lens)
+				d.paired = true
+			}
+		}
 		if d.pos <= inEnd && d.wp < outEnd {
 			if d.fast(inEnd, outEnd) == fastEnd {
 				return blockEnd

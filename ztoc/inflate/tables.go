@@ -17,7 +17,8 @@ const (
 	litMask  = 1<<litBits - 1
 	distMask = 1<<distBits - 1
 
-	maxCode = 15 // longest code, bits
+	maxCode = 15  // longest code, bits
+	maxLens = 320 // codes of both tables
 )
 
 // Entries of both tables have in their low byte the number of bits to drop, so that a shift by the
@@ -84,7 +85,7 @@ func init() {
 	}
 	distProto[30], distProto[31] = isInvalid, isInvalid
 
-	var lens [288 + 32]uint8
+	var lens [maxLens]uint8
 	for i := range 288 {
 		switch {
 		case i < 144:
@@ -101,22 +102,20 @@ func init() {
 		lens[288+i] = 5
 	}
 	fixed.lit.build(lens[:288])
+	fixed.lit.pair(&lens)
 	fixed.dist.build(lens[288:])
 }
 
 // build makes t the table for literal and length codes of these lengths.
 func (t *litTable) build(lens []uint8) bool {
-	if !construct(t[:], litBits, lens, litProto[:], 256) {
-		return false
-	}
-	t.pair(lens)
-	return true
+	return construct(t[:], litBits, lens, litProto[:], 256)
 }
 
 // pair lets an entry yield two literals where both their codes fit in the index. It goes downwards
 // so that the entry of what follows a literal, which has a lower index, still is that of one symbol.
-// Which entries are literals cannot be foreseen, so there are no branches on it.
-func (t *litTable) pair(lens []uint8) {
+// Which entries are literals cannot be foreseen, so there are no branches on it. It takes as long as
+// decoding some hundred symbols.
+func (t *litTable) pair(lens *[maxLens]uint8) {
 	shortest := uint8(maxCode)
 	for _, n := range lens[:256] {
 		shortest = min(shortest, n-1) // 0, no code, becomes 255
