@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"time"
 
 	"github.com/muster-hpc/muster/ztoc"
 )
@@ -83,8 +84,14 @@ func brief(err error) string {
 	return cp.Error()
 }
 
-// referrersAPI asks the API. Whatever it answers but the end of ctx is no error: why says what it was.
-func (r *remote) referrersAPI(ctx context.Context, subject ztoc.Digest, artifactType string) (list []Descriptor, why string, err error) {
+// referrersWait bounds how long the API is asked. An index saves seconds: waiting longer for it than it saves, on a
+// registry that answers the API with 500 (Harbor has), would be worse than going without.
+const referrersWait = 4 * time.Second
+
+// referrersAPI asks the API. Whatever it answers but the end of whole is no error: why says what it was.
+func (r *remote) referrersAPI(whole context.Context, subject ztoc.Digest, artifactType string) (list []Descriptor, why string, err error) {
+	ctx, cancel := context.WithTimeout(whole, referrersWait)
+	defer cancel()
 	q := url.Values{}
 	if artifactType != "" {
 		q.Set("artifactType", artifactType)
@@ -107,8 +114,10 @@ func (r *remote) referrersAPI(ctx context.Context, subject ztoc.Digest, artifact
 			return err
 		})
 		switch {
+		case whole.Err() != nil:
+			return nil, "", context.Cause(whole)
 		case ctx.Err() != nil:
-			return nil, "", context.Cause(ctx)
+			return list, fmt.Sprintf("referrers API: no useful answer within %v", referrersWait), nil
 		case errors.Is(err, ErrNotFound):
 			return list, "no referrers API", nil
 		case err != nil:
