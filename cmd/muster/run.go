@@ -77,7 +77,7 @@ Signals (TERM, INT, HUP, QUIT, USR1, USR2, …) and the size of the terminal are
 	fl.StringVarP(&f.workdir, "workdir", "w", "", "working directory in the image")
 	fl.StringVarP(&f.user, "user", "u", "", "user to run as, USER[:GROUP], names or numbers (root only)")
 	fl.StringVar(&f.entrypoint, "entrypoint", "", "program to run instead of the image's entrypoint")
-	fl.BoolVar(&f.readOnly, "read-only", false, "let the command write nowhere but in binds and /dev/shm")
+	fl.BoolVar(&f.readOnly, "read-only", false, "let the command write nowhere but in binds and /dev/shm (with ch-run also in a /tmp of its own)")
 	fl.StringVarP(&f.tty, "tty", "t", "auto", "give the command a terminal: true, false, or auto: when standard input and output are one")
 	fl.Lookup("tty").NoOptDefVal = "true"
 	fl.StringVar(&f.report, "report", "", "write how the image was opened and what was fetched to this file, as JSON")
