@@ -22,9 +22,10 @@ demo: build
 setup:
 	tests/setup test
 
-# The gate runs every test package, counts, and fails when a test leaves a mount, a process or a
+# The test images come first: built once on a machine, that takes minutes. The gate runs every test package, counts, and fails when a test leaves a mount, a process or a
 # temporary file behind.
 test: setup lint build
+	$(GO) run ./tests/images/cmd/images test
 	$(GO) run ./tests/gate ./...
 
 unit: build
