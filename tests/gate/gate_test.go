@@ -74,7 +74,7 @@ func TestGateCatchesLeaks(t *testing.T) {
 	} {
 		cmd := exec.Command(gate, "-run", "^("+run+")$", ".")
 		cmd.Dir = dir
-		cmd.Env = append(os.Environ(), "LEAKED_PID="+pid)
+		cmd.Env = append(os.Environ(), "LEAKED_PID="+pid, within+"=1")
 		out, err := cmd.CombinedOutput()
 		text := string(out)
 		if b, err := os.ReadFile(pid); err == nil {
