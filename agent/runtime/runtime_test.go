@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -114,6 +115,7 @@ func testFront(args []string) int {
 	s.Device().Close()
 	signals := make(chan os.Signal, 8)
 	Notify(signals)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	code, err := s.Run(context.Background(), Command{Args: args[7:], Env: strings.Fields(args[5]), Dir: args[2], User: args[1]}, signals)
 	var c *CommandError
 	if errors.As(err, &c) {

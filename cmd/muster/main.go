@@ -42,7 +42,9 @@ func run(args []string) int {
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	go func() {
 		for s := range signals {
-			if n, ok := s.(syscall.Signal); ok && !a.handedOver.Load() {
+			if to := a.signalsTo.Load(); to != nil {
+				*to <- s
+			} else if n, ok := s.(syscall.Signal); ok {
 				cancel(interrupted{n})
 			}
 		}
@@ -66,8 +68,9 @@ type interrupted struct{ signal syscall.Signal }
 
 func (i interrupted) Error() string { return "interrupted by signal: " + i.signal.String() }
 
-// handOver leaves signals to whoever else asked to be notified of them.
-func (a *app) handOver() { a.handedOver.Store(true) }
+// handOver passes signals to the command that runs from now on. All that end muster come in by one channel, so that
+// one that comes while they are handed over goes to one of the two, and not to none.
+func (a *app) handOver(to chan<- os.Signal) { a.signalsTo.Store(&to) }
 
 func (a *app) command() *cobra.Command {
 	root := &cobra.Command{
@@ -121,9 +124,9 @@ func arguments(check cobra.PositionalArgs) cobra.PositionalArgs {
 
 // An app is what the commands share: where to write, and the configuration once it is read.
 type app struct {
-	out, err   *os.File
-	cfg        Config
-	quiet      bool
-	json       bool
-	handedOver atomic.Bool // signals belong to the command that runs
+	out, err  *os.File
+	cfg       Config
+	quiet     bool
+	json      bool
+	signalsTo atomic.Pointer[chan<- os.Signal] // set while signals belong to the command that runs
 }

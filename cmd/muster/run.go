@@ -172,7 +172,7 @@ func (a *app) run(ctx context.Context, f runFlags, ref string, args []string) er
 
 	signals := make(chan os.Signal, 16)
 	runtime.Notify(signals)
-	a.handOver()
+	a.handOver(signals)
 	code, err := st.session.Run(ctx, command, signals)
 
 	// The stage ends first: with it goes the mount, and with the mount the server, by itself.
