@@ -113,21 +113,23 @@ func (w *crew) drop() {
 	w.held++
 }
 
-// read copies input from off on to p for chunk c, waiting for it. It returns 0 when there is no more, it
-// is too far ahead, or the crew is stopping.
-func (w *crew) read(c *chunk, off int64, p []byte) int {
+// read copies input from off on to p, as input has it.
+func (w *crew) read(c *chunk, off int64, p []byte) int { return copy(p, w.input(c, off)) }
+
+// input is input from off on for chunk c, waiting for it: as much as there is in one piece. There is none
+// when the file ends, off is too far ahead, or the crew is stopping. It stays as it is until the chunk it
+// is in is dropped.
+func (w *crew) input(c *chunk, off int64) []byte {
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	for off >= w.have && !w.eof && !w.stopping() && off < w.begin+int64(c.index+w.ahead)*w.size {
 		w.cond.Wait()
 	}
 	if off >= w.have || w.stopping() {
-		w.mu.Unlock()
-		return 0
+		return nil
 	}
 	i, o := (off-w.begin)/w.size, (off-w.begin)%w.size
-	s := w.segs[int(i)-w.held]
-	w.mu.Unlock()
-	return copy(p, s[o:]) // what is there does not change
+	return w.segs[int(i)-w.held][o:]
 }
 
 // fromOf is where the chunk before c ends as far as is known, -1 if it is not.

@@ -399,13 +399,23 @@ func (w *worker) next() (byte, bool) {
 	return d.in[d.pos-1], true
 }
 
-// fill reads more input; false when there is none.
+// fill brings more input; false when there is none. It is looked at where it is, but copied together where
+// one chunk's ends and the next one's begins.
 func (w *worker) fill() bool {
 	d := &w.d
 	d.unread()
-	n := copy(w.in[:], d.in[d.pos:])
 	w.base += int64(d.pos)
-	m := w.crew.read(w.c, w.base+int64(n), w.in[n:])
+	rest := len(d.in) - d.pos
+	s := w.crew.input(w.c, w.base)
+	if len(s) > max(rest, bridge) {
+		d.pos, d.in = 0, s
+		return true
+	}
+	n := copy(w.in[:], d.in[d.pos:])
+	m := copy(w.in[n:n+bridge], w.crew.input(w.c, w.base+int64(n)))
 	d.pos, d.in = 0, w.in[:n+m]
 	return m > 0
 }
+
+// bridge is how much is copied at a time around the end of a chunk's input: more than what is read whole.
+const bridge = 4 << 10
