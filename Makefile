@@ -8,7 +8,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 export CGO_ENABLED := 0
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-ztoc clean
+.PHONY: build demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-ztoc bench-inflate clean
 
 build:
 	$(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/muster
@@ -55,11 +55,12 @@ fuzz:
 			$(GO) test -run '^$$' -fuzzminimizetime 10x -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) "$$(dirname $$f)"; \
 		done; \
 	done
+	MUSTER_STREAMS=1000000 $(GO) test -timeout 60m -run TestZlib ./ztoc/inflate
 
 # Each bench prints a table and writes build/bench/NAME.json.
-bench: bench-ztoc bench-read bench-start
+bench: bench-inflate bench-ztoc bench-read bench-start
 
-bench-start bench-read bench-ztoc: bench-%: build
+bench-start bench-read bench-ztoc bench-inflate: bench-%: build
 	tests/setup bench
 	$(GO) run ./tests/bench/$*
 
