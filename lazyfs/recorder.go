@@ -73,11 +73,19 @@ func (r *recorder) silence() time.Duration {
 // longer. While nothing is read it sleeps without waking up.
 func (s *Server) keepHouse(ctx context.Context) {
 	r := &s.recorder
+	idle := time.NewTimer(s.cfg.Idle)
+	defer idle.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-idle.C:
+			// Nobody has come to read what was loaded ahead.
+			s.forget()
+			debug.FreeOSMemory()
+			continue
 		case <-r.wake:
+			idle.Stop()
 		}
 		tick := time.NewTicker(max(min(s.cfg.Quiet, s.cfg.Idle)/8, time.Millisecond))
 		for busy := true; busy; {

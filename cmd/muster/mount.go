@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"text/tabwriter"
@@ -244,6 +245,8 @@ func buildMount(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
 		_ = img.Close()
 		return nil, err
 	}
+	// Opening took more memory than serving does; what it left goes back before the mount idles for days.
+	debug.FreeOSMemory()
 	return &mountd.Source{
 		Config: img.Config(), Mount: mountOptions(q.Image, q.SELinux), Table: img.TableFile(), State: state, Close: img.Close,
 		Serving: func(ctx context.Context, s *lazyfs.Server) { img.Guess(ctx, s) },
