@@ -43,7 +43,8 @@ func TestKilledRuns(t *testing.T) {
 				if i%8 == 0 {
 					h.forget() // so that there is something to pull
 				}
-				r := h.start("run", ref, "sh", "-c", "python3 -c 'import json'; sleep 60 & sleep 60")
+				// A shell that waits for a program keeps SIGINT until that ends, in a container as outside; hence exec.
+				r := h.start("run", ref, "sh", "-c", "python3 -c 'import json'; sleep 60 & exec sleep 60")
 				time.Sleep(time.Duration(random.ExpFloat64() * float64(400*time.Millisecond)))
 				sig := []syscall.Signal{syscall.SIGKILL, syscall.SIGKILL, syscall.SIGTERM, syscall.SIGINT}[i%4]
 				began := time.Now()
