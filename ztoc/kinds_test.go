@@ -72,6 +72,9 @@ func TestKindsOfLayer(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			if err := b.Close(); err != nil { // its temporary files
+				t.Fatal(err)
+			}
 			reads := &countingReaderAt{b: blob}
 			z, err := ParseEStargz(reads, int64(len(blob)), Digest(b.TOCDigest()))
 			if err != nil || reads.n != 2 {

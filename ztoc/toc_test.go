@@ -134,6 +134,9 @@ func TestEStargz(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if err := b.Close(); err != nil { // its temporary files
+			t.Fatal(err)
+		}
 		z, err := ParseEStargz(bytes.NewReader(blob), int64(len(blob)), Digest(b.TOCDigest()))
 		if err != nil {
 			t.Fatal(err)
@@ -193,6 +196,9 @@ func TestZstdChunkedStargz(t *testing.T) {
 		}
 		blob, err := io.ReadAll(b)
 		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Close(); err != nil { // its temporary files
 			t.Fatal(err)
 		}
 		annotations[EStargzDigestAnnotation] = string(b.TOCDigest())
