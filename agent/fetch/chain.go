@@ -216,21 +216,71 @@ func (c *Chain) ReadAt(ctx context.Context, ref ztoc.BlobRef, p []byte, off int6
 	if err != nil || len(p) == 0 {
 		return err
 	}
-	return c.read(ctx, b, p, off, cl, nil)
+	return c.read(ctx, b, reading{p: p, off: off}, []ztoc.Range{{Start: off, End: off + int64(len(p))}}, cl, nil)
+}
+
+// ErrNotKept says that bytes came and the store did not keep them.
+var ErrNotKept = errors.New("not kept by the store")
+
+// Ensure brings r of the blob into the store. It returns when all of it is there, when ctx ends, or with the origin's
+// error; ErrNotKept when the store does not take it. What was asked for with one call goes out in few, long
+// requests (Options.MaxPrefetch for a prefetch).
+func (c *Chain) Ensure(ctx context.Context, ref ztoc.BlobRef, r ztoc.Range, pri ztoc.Priority) error {
+	cl := demand
+	if pri == ztoc.Prefetch {
+		cl = prefetch
+	}
+	b, err := c.blob(ref, r)
+	if err != nil || r.Empty() {
+		return err
+	}
+	if b.kept.get() == nil {
+		return fmt.Errorf("blob %s: %w", ref.Digest, ErrNotKept)
+	}
+	return c.read(ctx, b, reading{off: r.Start}, []ztoc.Range{r}, cl, nil)
+}
+
+// Give stores bytes that came another way, and hands them to whoever waits for them. An error says that the store did
+// not keep them.
+func (c *Chain) Give(ref ztoc.BlobRef, p []byte, off int64) error {
+	b, err := c.blob(ref, ztoc.Range{Start: off, End: off + int64(len(p))})
+	if err != nil {
+		return err
+	}
+	kept := error(ErrNotKept)
+	if st := b.kept.get(); st != nil {
+		kept = st.WriteAt(p, off)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for w := range b.waiters {
+		if w.stored && kept != nil {
+			continue
+		}
+		if w.take(off, p) {
+			b.finish(w, nil)
+		}
+	}
+	return kept
+}
+
+// A reading is where the bytes of a read go: into p, which lies at off of the blob, or, with p nil, only into the store.
+type reading struct {
+	p   []byte
+	off int64
 }
 
 // storeTries is how often a read believes the store's presence before it goes past it: presence may say yes
 // and reading fail for ever, on a disk that breaks.
 const storeTries = 8
 
-// read is ReadAt for all classes: store, join a flight, look again, origin.
-func (c *Chain) read(ctx context.Context, b *blob, p []byte, off int64, cl class, s *stream) error {
-	todo := []ztoc.Range{{Start: off, End: off + int64(len(p))}}
+// read is ReadAt and Ensure for all classes: store, join a flight, look again, origin.
+func (c *Chain) read(ctx context.Context, b *blob, to reading, todo []ztoc.Range, cl class, s *stream) error {
 	var failing time.Time // when the first of a row of temporary errors came
 	for try := 0; ; try++ {
 		trust := try < storeTries
 		if trust {
-			todo = c.fromStore(b, p, off, todo)
+			todo = c.fromStore(b, to, todo)
 		}
 		if len(todo) == 0 {
 			return nil
@@ -239,7 +289,7 @@ func (c *Chain) read(ctx context.Context, b *blob, p []byte, off int64, cl class
 			return err
 		}
 		before := size(todo)
-		w, err := c.join(b, p, off, todo, cl, s, trust)
+		w, err := c.join(b, to, todo, cl, s, trust)
 		if err != nil {
 			return err
 		}
@@ -291,11 +341,20 @@ func (c *Chain) pause(ctx context.Context, lasted time.Duration) error {
 }
 
 // fromStore reads what the store has of todo and returns the rest.
-func (c *Chain) fromStore(b *blob, p []byte, off int64, todo []ztoc.Range) (rest []ztoc.Range) {
+func (c *Chain) fromStore(b *blob, to reading, todo []ztoc.Range) (rest []ztoc.Range) {
 	st := b.kept.get()
 	if st == nil {
 		return todo
 	}
+	if to.p == nil {
+		for _, r := range todo {
+			for _, m := range st.Missing(r) {
+				rest = addRange(rest, r.Intersect(m))
+			}
+		}
+		return rest
+	}
+	p, off := to.p, to.off
 	var got int64
 	for _, r := range todo {
 		if st.ReadAt(p[r.Start-off:r.End-off], r.Start) == nil {
@@ -348,7 +407,7 @@ func addRange(rs []ztoc.Range, r ztoc.Range) []ztoc.Range {
 //
 //	reader A: the store has it not      reader B: flight ends, bytes are in the store, flight is forgotten
 //	reader A: no flight to join, so it would fetch it again
-func (c *Chain) join(b *blob, p []byte, off int64, todo []ztoc.Range, cl class, s *stream, trust bool) (*waiter, error) {
+func (c *Chain) join(b *blob, to reading, todo []ztoc.Range, cl class, s *stream, trust bool) (*waiter, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
@@ -361,9 +420,9 @@ func (c *Chain) join(b *blob, p []byte, off int64, todo []ztoc.Range, cl class, 
 			}
 		}
 	}
-	w := &waiter{p: p, off: off, need: todo, done: make(chan struct{})}
+	w := &waiter{p: to.p, off: to.off, stored: to.p == nil, need: todo, done: make(chan struct{})}
 	for _, f := range b.flights {
-		if f.holds(todo) && w.take(f.base, f.buf) {
+		if !w.stored && f.holds(todo) && w.take(f.base, f.buf) {
 			c.stats.Joined++
 			close(w.done)
 			return w, nil

@@ -89,11 +89,12 @@ type want struct {
 
 // A waiter is a reader waiting for bytes. Fields are guarded by Chain.mu until done is closed.
 type waiter struct {
-	p    []byte
-	off  int64        // of p in the blob
-	need []ztoc.Range // still to come, in order
-	err  error
-	done chan struct{}
+	p      []byte
+	off    int64        // of p in the blob
+	stored bool         // waits until bytes are in the store, and wants none of them itself: p is nil
+	need   []ztoc.Range // still to come, in order
+	err    error
+	done   chan struct{}
 }
 
 // errAgain tells a waiter that what it waits for may be in the store by now, or needs another flight.
@@ -112,7 +113,9 @@ func (w *waiter) take(off int64, data []byte) bool {
 			rest = append(rest, r)
 			continue
 		}
-		copy(w.p[got.Start-w.off:got.End-w.off], data[got.Start-off:got.End-off])
+		if !w.stored {
+			copy(w.p[got.Start-w.off:got.End-w.off], data[got.Start-off:got.End-off])
+		}
 		rest = addRange(rest, ztoc.Range{Start: r.Start, End: got.Start})
 		rest = addRange(rest, ztoc.Range{Start: got.End, End: r.End})
 	}

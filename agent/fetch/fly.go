@@ -44,6 +44,9 @@ func (c *Chain) fly(f *flight) {
 	dead := f.dead
 	f.remove()
 	f.buf = nil
+	if f.unstored {
+		f.b.notKept(got)
+	}
 	if err != nil && !dead {
 		f.b.wake(left, err)
 	}
@@ -161,7 +164,7 @@ func (c *Chain) arrived(f *flight, n int) bool {
 	old := len(f.buf)
 	f.buf = f.buf[:old+n]
 	for w := range f.b.waiters {
-		if w.take(f.pos, f.buf[old:]) {
+		if !w.stored && w.take(f.pos, f.buf[old:]) {
 			f.b.finish(w, nil)
 		}
 	}
@@ -190,15 +193,30 @@ func (c *Chain) storeChunk(f *flight) {
 		}
 	}
 	if kept {
+		for w := range f.b.waiters {
+			if w.stored && w.take(base, buf) {
+				f.b.finish(w, nil)
+			}
+		}
 		f.base, f.buf = f.pos, f.buf[:0]
 		f.release(ztoc.Range{Start: f.claimed.Start, End: f.base / blockSize * blockSize})
 		return
 	}
 	f.unstored = true
+	f.b.notKept(ztoc.Range{Start: base, End: base + int64(len(buf))})
 	f.release(f.claimed) // nobody gains by waiting for it
 	c.stats.UnstoredBytes += int64(len(buf))
 	if f.class == prefetch && !f.dead && !f.b.awaited(f.toCome()) {
 		f.remove() // fetched for nothing
 		f.cancel()
+	}
+}
+
+// notKept ends the wait of those who want r in the store.
+func (b *blob) notKept(r ztoc.Range) {
+	for w := range b.waiters {
+		if w.stored && w.needs(r) {
+			b.finish(w, ErrNotKept)
+		}
 	}
 }

@@ -65,7 +65,7 @@ func (s *stream) Read(p []byte) (int, error) {
 		}
 		return 0, nil
 	}
-	if err := s.c.read(s.ctx, s.b, p[:n], s.pos, streaming, s); err != nil {
+	if err := s.c.read(s.ctx, s.b, reading{p[:n], s.pos}, []ztoc.Range{{Start: s.pos, End: s.pos + n}}, streaming, s); err != nil {
 		return 0, err
 	}
 	s.c.mu.Lock()

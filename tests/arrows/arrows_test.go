@@ -30,6 +30,7 @@ var allowed = map[string]struct {
 	"agent/store":           {[]string{"ztoc"}, "the store keeps ranges of blobs and knows nobody who fills or reads it"},
 	"agent/fetch":           {[]string{"ztoc"}, "the chain sees store and origin through interfaces that it owns"},
 	"agent/fetch/fetchtest": {[]string{"agent/fetch", "ztoc"}, "a conformance suite knows the interface it is about and nothing more"},
+	"agent/control":         {[]string{"ztoc"}, "who asks the agent, hooks and mounts too, links the questions and the words, nothing else"},
 	"agent/image": {
 		[]string{"agent/origin", "agent/store", "agent/fetch", "lazyfs", "lazyfs/tree", "ztoc"},
 		"image is the one place that puts an image together; mounting it is its caller's business",
