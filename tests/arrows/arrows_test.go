@@ -35,6 +35,7 @@ var allowed = map[string]struct {
 		[]string{"agent/origin", "agent/store", "agent/fetch", "lazyfs", "lazyfs/tree", "ztoc"},
 		"image is the one place that puts an image together; mounting it is its caller's business",
 	},
+	"planner":       {[]string{"ztoc"}, "a plan is a pure function of a job spec: it knows digests and ranges, and nothing that two hosts could see differently"},
 	"agent/runtime": {nil, "running a command over a root is about namespaces, not about images"},
 	"cmd/muster": {
 		[]string{
