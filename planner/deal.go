@@ -35,11 +35,7 @@ func (p *Plan) chooseSeeds() {
 	}
 	// A seed for less than this is a connection and a token more than it is worth.
 	const least = 1 << 20
-	var total int64
-	for _, b := range p.spec.Blobs {
-		total += b.Size
-	}
-	want = int(min(int64(want), max(1, total/least), int64(len(may))))
+	want = int(min(int64(want), max(1, p.spec.size()/least), int64(len(may))))
 	p.seeds = spread(may, hosts, want)
 }
 
@@ -90,10 +86,7 @@ func (p *Plan) deal() (shares []int64) {
 	perSeed := max(1, p.wantTrees()/seeds)
 	shares = make([]int64, seeds*perSeed)
 	p.treeOf = make([]uint8, p.Pieces())
-	var total int64
-	for _, b := range s.Blobs {
-		total += b.Size
-	}
+	total := s.size()
 	run := s.Params.Run
 	if run == 0 {
 		run = DefaultRun

@@ -16,6 +16,7 @@ type Plan struct {
 	spec   *JobSpec
 	id     PlanID
 	first  []Piece // the first piece of each blob, and behind the last one
+	grid   int64   // bytes of a piece
 	treeOf []uint8 // per piece
 	trees  []tree
 	seeds  []int         // who fetches, in the order in which runs are dealt
@@ -47,7 +48,7 @@ func New(s *JobSpec) (*Plan, error) {
 	if s.Planner != Version {
 		return nil, fmt.Errorf("%w: it is of version %d, this is %d", ErrVersion, s.Planner, Version)
 	}
-	p := &Plan{spec: s, id: s.ID(), runs: map[int][]Run{}}
+	p := &Plan{spec: s, id: s.ID(), grid: s.piece(), runs: map[int][]Run{}}
 	p.cut()
 	p.chooseSeeds()
 	shares := p.deal()
@@ -69,7 +70,7 @@ func (p *Plan) Host(name string) int {
 
 // cut lays the grid over the blobs.
 func (p *Plan) cut() {
-	size := p.spec.Params.piece()
+	size := p.grid
 	p.first = make([]Piece, len(p.spec.Blobs)+1)
 	for i, b := range p.spec.Blobs {
 		p.first[i+1] = p.first[i] + Piece((b.Size+size-1)/size)
@@ -80,7 +81,7 @@ func (p *Plan) cut() {
 func (p *Plan) Pieces() int { return int(p.first[len(p.first)-1]) }
 
 // PieceSize is the grid in bytes. The last piece of a blob is shorter.
-func (p *Plan) PieceSize() int64 { return p.spec.Params.piece() }
+func (p *Plan) PieceSize() int64 { return p.grid }
 
 // BlobPieces is the pieces of a blob: [from, to).
 func (p *Plan) BlobPieces(blob int) (from, to Piece) { return p.first[blob], p.first[blob+1] }
@@ -88,14 +89,14 @@ func (p *Plan) BlobPieces(blob int) (from, to Piece) { return p.first[blob], p.f
 // Range is where a piece lies.
 func (p *Plan) Range(x Piece) (blob int, r ztoc.Range) {
 	blob = sort.Search(len(p.spec.Blobs), func(i int) bool { return p.first[i+1] > x })
-	size := p.spec.Params.piece()
+	size := p.grid
 	start := int64(x-p.first[blob]) * size
 	return blob, ztoc.Range{Start: start, End: min(start+size, p.spec.Blobs[blob].Size)}
 }
 
 // PieceAt is the piece that holds a byte of a blob.
 func (p *Plan) PieceAt(blob int, offset int64) Piece {
-	return p.first[blob] + Piece(offset/p.spec.Params.piece())
+	return p.first[blob] + Piece(offset/p.grid)
 }
 
 // Seeds are the hosts that fetch from the origin, each the root of some trees, in the order in which runs are dealt to them.

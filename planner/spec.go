@@ -28,7 +28,7 @@ const (
 	MaxPiece   = 64 << 20  // bytes; above, nothing is passed on while it arrives
 	MaxTrees   = 256       // trees of a plan
 	MaxFanout  = MaxHosts  // children of a host in one tree
-	MaxSeeds   = 256       // hosts that fetch from the origin
+	MaxSeeds   = 32        // hosts that fetch from the origin; each is the root of a tree, and so a peer of all
 	MaxRun     = 256 << 20 // bytes of one run
 )
 
@@ -104,23 +104,17 @@ type Host struct {
 // Params are the numbers that shape a plan. docs/trees.md says where the planner's own choices come from.
 type Params struct {
 	// Piece is the grid on which blobs are dealt out, in bytes: a multiple of 64 KiB. Small pieces are passed on earlier and cost
-	// more requests. 0: ztoc.PieceSize.
+	// more bookkeeping. 0: ztoc.PieceSize, doubled until there are about 32,768 at most.
 	Piece int64
 	// Trees is how many trees there are at most. More spread the work more evenly and give a host more peers. 0: chosen by N.
 	Trees int
-	// Fanout is how many children a host has in a tree that it passes pieces on in. 0: chosen by N.
+	// Fanout is how many children a host has in a tree that it passes pieces on in. 0: DefaultFanout.
 	Fanout int
 	// Seeds is how many hosts fetch from the origin at most. 0: DefaultSeeds.
 	Seeds int
 	// Run is about how many adjacent bytes a seed asks of the origin in one request. 0: DefaultRun.
 	Run int64
 }
-
-// Choices of the planner where Params say nothing.
-const (
-	DefaultSeeds = 16
-	DefaultRun   = 8 << 20
-)
 
 // A PlanID is the SHA-256 of a JobSpec's encoding. Hosts with the same PlanID have the same plan.
 type PlanID [sha256.Size]byte
@@ -179,7 +173,7 @@ func (s *JobSpec) Validate() error {
 }
 
 func (s *JobSpec) validateBlobs() error {
-	piece, pieces := s.Params.piece(), int64(0)
+	piece, pieces := s.piece(), int64(0)
 	seen := make(map[ztoc.Digest]bool, len(s.Blobs))
 	for _, b := range s.Blobs {
 		if err := checkDigest(b.Digest); err != nil {
@@ -233,11 +227,24 @@ func (p Params) validate() error {
 	return nil
 }
 
-func (p Params) piece() int64 {
-	if p.Piece == 0 {
-		return ztoc.PieceSize
+// piece is the grid in bytes.
+func (s *JobSpec) piece() int64 {
+	if s.Params.Piece != 0 {
+		return s.Params.Piece
 	}
-	return p.Piece
+	size := int64(ztoc.PieceSize)
+	for size < MaxPiece && s.size()/size > manyPieces {
+		size *= 2
+	}
+	return size
+}
+
+// size is the bytes of all blobs. It may be anything where Validate fails.
+func (s *JobSpec) size() (n int64) {
+	for _, b := range s.Blobs {
+		n += b.Size
+	}
+	return n
 }
 
 func checkDigest(d ztoc.Digest) error {

@@ -30,7 +30,7 @@ func (p *Plan) fanout() int {
 	if f := p.spec.Params.Fanout; f > 0 {
 		return f
 	}
-	return fanoutFor(len(p.spec.Hosts))
+	return DefaultFanout
 }
 
 // A grower builds one tree after the other and remembers how much each host has to send so far, so that the next tree's work goes to
@@ -84,7 +84,8 @@ func newGrower(hosts []Host, fanout int) *grower {
 //  1. Hosts are sorted: fast before slow, then by how much they have to send already, then in turn.
 //  2. The root heads its group if it is among those who are to pass on; else it gives each piece to one host that does.
 //  3. The first host of each other group in that order heads its group. Heads form a heap of the fan-out, under the root's.
-//  4. The others of a group form a heap of the fan-out under its head.
+//  4. The others of a group form a heap of the fan-out under its head; under one of them that the head gives each piece to, where the head has
+//     other groups to send to.
 func (g *grower) tree(root int, share int64) tree {
 	n := len(g.hosts)
 	t := newTree(n)
@@ -110,7 +111,12 @@ func (g *grower) tree(root int, share int64) tree {
 	}
 	g.heap(&t, heads)
 	for _, head := range heads {
-		g.heap(&t, members[g.group[head]])
+		m := members[g.group[head]]
+		if t.child[head] >= 0 && len(m) > 2 && head != heads[0] && !g.hosts[m[1]].Slow {
+			t.add(m[1], head)
+			m = m[1:]
+		}
+		g.heap(&t, m)
 	}
 	for h, c := range t.child {
 		for ; c >= 0; c = t.sibling[c] {

@@ -59,8 +59,9 @@ func (r Range) Intersect(o Range) Range {
 
 func (r Range) String() string { return fmt.Sprintf("[%d, %d)", r.Start, r.End) }
 
-// PieceSize is the grid on which plans deal out a blob and swarms exchange it.
-const PieceSize = 1 << 20
+// PieceSize is the grid on which plans deal out a blob and swarms exchange it. Who passes a piece on has all of it first, so a large one makes
+// every hop slow; docs/trees.md has the arithmetic.
+const PieceSize = 256 << 10
 
 // A Piece is range [n·PieceSize, (n+1)·PieceSize) of a blob, the last one cut at the blob's end.
 type Piece int64
