@@ -37,6 +37,8 @@ var allowed = map[string]struct {
 	},
 	"planner":       {[]string{"ztoc"}, "a plan is a pure function of a job spec: it knows digests and ranges, and nothing that two hosts could see differently"},
 	"agent/runtime": {nil, "running a command over a root is about namespaces, not about images"},
+	"peer":          {[]string{"ztoc"}, "the swarm carries bytes and asks through interfaces that it owns: it knows no plan, no store and no agent"},
+	"peer/peertest": {[]string{"peer", "ztoc"}, "a conformance suite knows the interface it is about and nothing more"},
 	"cmd/muster": {
 		[]string{
 			"agent/origin", "agent/store", "agent/fetch", "agent/image", "agent/runtime",
@@ -58,6 +60,7 @@ var owners = []struct {
 	{"github.com/google/go-containerregistry", []string{"agent/origin"}, true, "only origin talks to registries, so only origin has to get tokens and redirects right"},
 	{"github.com/klauspost/compress", []string{"ztoc"}, true, "how layers are compressed is ztoc's subject alone"},
 	{"github.com/google/flatbuffers", []string{"ztoc"}, false, "SOCI's file format is ztoc's subject alone"},
+	{"google.golang.org/grpc", []string{"peer", "agent/control"}, false, "gRPC carries questions: between hosts, and on the local socket"},
 	{"github.com/spf13/cobra", []string{"cmd/muster"}, false, "flags and commands live in cmd and nowhere else"},
 	{"github.com/spf13/pflag", []string{"cmd/muster"}, false, "flags and commands live in cmd and nowhere else"},
 	{"github.com/spf13/viper", []string{"cmd/muster"}, false, "the configuration file is known to cmd only"},
