@@ -21,7 +21,7 @@
 //     views.
 //  5. Map table and ztocs, and hand out a lazyfs.Config whose Blobs is the chain store → origin, with
 //     the start-up profile of an earlier run, or else with a guess made from the command, its
-//     interpreter and the libraries it is linked with.
+//     interpreter, the libraries it is linked with and what a Python program imports.
 //
 // Step 3 is what makes an image without any index work: its first mount costs one pull that does not
 // unpack, and every later one costs nothing.

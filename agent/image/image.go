@@ -44,7 +44,13 @@ type Options struct {
 	Progress *Progress         // may be nil
 	Requests int               // to the origin at once; 0: the chain's default
 	OnFetch  func(fetch.Event) // told of each request to the origin; may be nil
-	Log      *slog.Logger
+	// Unclaimed leaves it to Repo to keep the processes of this host from fetching the same twice: it is the agent, which claims what it
+	// fetches itself.
+	Unclaimed bool
+	// Temporary and Patience are fetch.Options'.
+	Temporary func(error) bool
+	Patience  time.Duration
+	Log       *slog.Logger
 }
 
 // An Image is an opened image: everything a mount needs. Close it after the mount has ended.
@@ -74,6 +80,7 @@ type opener struct {
 	// from one goroutine at a time.
 	documents int64
 	index     *foundIndex // set by findViews when an index was needed and found
+	surveying bool        // nothing is pulled
 }
 
 // Open opens an image; see the package comment. It may pull whole layers, and ends with ctx.
@@ -97,12 +104,7 @@ func Open(ctx context.Context, opts Options) (_ *Image, err error) {
 	}
 	im.Resolved = o.img
 	o.derived = derivedOrigin{o: o, layers: map[ztoc.Digest]origin.Descriptor{}}
-	o.chain = fetch.New(fetch.Options{
-		Store:    fetch.StoreFunc(func(ref ztoc.BlobRef) (fetch.Blob, error) { return o.Store.Blob(ref) }),
-		Origin:   &o.derived,
-		Requests: o.Requests,
-		OnEvent:  o.OnFetch,
-	})
+	o.chain = o.newChain()
 	o.Progress.watch(o.chain)
 
 	o.Progress.phase("index")
@@ -138,6 +140,27 @@ func Open(ctx context.Context, opts Options) (_ *Image, err error) {
 	o.Progress.phase("ready")
 	return im, nil
 }
+
+// newChain makes the chain store → origin.
+func (o *opener) newChain() *fetch.Chain {
+	return fetch.New(fetch.Options{
+		Store: fetch.StoreFunc(func(ref ztoc.BlobRef) (fetch.Blob, error) {
+			b, err := o.Store.Blob(ref)
+			if err == nil && o.Unclaimed {
+				return unclaimed{b}, nil
+			}
+			return b, err
+		}),
+		Origin:    &o.derived,
+		Requests:  o.Requests,
+		Temporary: o.Temporary,
+		Patience:  o.Patience,
+		OnEvent:   o.OnFetch,
+	})
+}
+
+// An unclaimed blob is one that no fetch.Claimer can be seen in.
+type unclaimed struct{ fetch.Blob }
 
 // resolve fills o.img from the origin, or from what was kept when the origin cannot be reached.
 func (o *opener) resolve(ctx context.Context) (offline bool, err error) {

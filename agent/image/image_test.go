@@ -9,6 +9,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/muster-hpc/muster/agent/origin"
@@ -284,10 +285,15 @@ func TestWrongBytes(t *testing.T) {
 // A reader answers a guess from an opened image without a mount.
 type reader struct {
 	im     *Image
+	mu     sync.Mutex
 	wanted []lazyfs.ProfileRange
 }
 
-func (r *reader) Ahead(_ context.Context, p lazyfs.Profile) { r.wanted = append(r.wanted, p.Ranges...) }
+func (r *reader) Ahead(_ context.Context, p lazyfs.Profile) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.wanted = append(r.wanted, p.Ranges...)
+}
 
 func (r *reader) ReadFile(_ context.Context, row tree.Row, p []byte, off int64) (int, error) {
 	e := r.im.Table().Extent(row, off)
@@ -322,7 +328,12 @@ func TestGuess(t *testing.T) {
 		im.o.Command = args
 		im.start = "guess"
 		g := im.guesser(t.Context(), r)
-		g.found = func(row tree.Row) { found = append(found, path.Base(string(im.Table().AppendPath(nil, row)))) }
+		var mu sync.Mutex
+		g.found = func(row tree.Row, _ []ztoc.Range) {
+			mu.Lock()
+			defer mu.Unlock()
+			found = append(found, path.Base(string(im.Table().AppendPath(nil, row))))
+		}
 		g.guess(t.Context(), args)
 		for _, want := range []string{"ld.so.cache", "libc.so.6"} {
 			if !slices.Contains(found, want) {
@@ -337,6 +348,107 @@ func TestGuess(t *testing.T) {
 			t.Errorf("%v: nothing is fetched ahead", args)
 		}
 	}
+}
+
+// TestGuessPython follows imports of a real numpy: through packages, relative imports, byte code, extension modules
+// and the libraries these are linked with.
+func TestGuessPython(t *testing.T) {
+	w := newWorld(t, "debian-python")
+	im := w.open(newStore(t))
+	for _, c := range []struct {
+		args []string
+		want []string
+	}{
+		{[]string{"python3", "-c", "import numpy as np; print(np)"}, []string{
+			"usr/lib/python3/dist-packages/numpy/__pycache__/__init__.cpython-311.pyc",
+			"usr/lib/python3/dist-packages/numpy/core/multiarray.py",
+			"usr/lib/python3/dist-packages/numpy/core/_multiarray_umath.cpython-311-x86_64-linux-gnu.so",
+			"usr/lib/python3.11/re/_compiler.py",
+			"usr/lib/python3.11/encodings/utf_8.py",
+		}},
+		{[]string{"/usr/bin/python3.11", "-X", "dev", "-m", "json.tool"}, []string{"usr/lib/python3.11/json/tool.py", "usr/lib/python3.11/json/decoder.py"}},
+	} {
+		var mu sync.Mutex
+		found := map[string]bool{}
+		g := im.guesser(t.Context(), &reader{im: im})
+		g.found = func(row tree.Row, _ []ztoc.Range) {
+			mu.Lock()
+			defer mu.Unlock()
+			name := strings.TrimPrefix(string(im.Table().AppendPath(nil, row)), "/")
+			if found[name] {
+				t.Errorf("%s is found twice", name)
+			}
+			found[name] = true
+		}
+		g.guess(t.Context(), c.args)
+		for _, name := range c.want {
+			if !found[name] {
+				t.Errorf("%v: the guess of %d files lacks %s", c.args, len(found), name)
+			}
+		}
+		if found["usr/lib/python3.11/os.py"] {
+			t.Errorf("%v: os is frozen, it is read from nowhere", c.args)
+		}
+	}
+}
+
+func TestImports(t *testing.T) {
+	const source = `#!/usr/bin/python3
+"""A doc string.
+import nothing
+"""
+from __future__ import annotations
+import a, b.c as d  # import e
+from . import f, g as h
+from .i import (j,
+    # a comment
+    k as l,
+)
+from ..m.n \
+    import *
+import o; import p
+try:
+    import q
+except ImportError:
+    import r
+def s():
+    import u
+    x = """
+import v
+"""
+class w:
+    import x
+if TYPE_CHECKING:
+    import y
+else:
+    import z
+text = 'from the "start'
+if __name__ == "__main__":
+    import main
+    from `
+	want := []string{
+		"__future__", "__future__.annotations", "a", "b.c", "pkg.sub", "pkg.sub.f", "pkg.sub.g", "pkg.sub.i", "pkg.sub.i.j", "pkg.sub.i.k",
+		"pkg.m.n", "o", "p", "q", "z",
+	}
+	if got := imports([]byte(source), "pkg.sub", false); !slices.Equal(got, want) {
+		t.Errorf("got  %q\nwant %q", got, want)
+	}
+	if got := imports([]byte(source), "pkg.sub", true); !slices.Equal(got, append(want, "main")) {
+		t.Errorf("run as a program: %q", got)
+	}
+}
+
+// FuzzImports reads anything as Python source.
+func FuzzImports(f *testing.F) {
+	f.Add("from . import (a,\n b)\nimport x", "p.q")
+	f.Add("'\"\"\"", "")
+	f.Fuzz(func(t *testing.T, source, pkg string) {
+		for _, n := range imports([]byte(source), pkg, true) {
+			if n == "" || strings.Contains(strings.TrimPrefix(n, pkg), "/") {
+				t.Errorf("%q", n)
+			}
+		}
+	})
 }
 
 func TestShebang(t *testing.T) {

@@ -149,29 +149,39 @@ func (im *Image) Guess(ctx context.Context, s Server) {
 
 func (im *Image) guesser(ctx context.Context, s Server) *guesser {
 	return &guesser{
-		table: im.table,
-		env:   im.Resolved.ConfigFile.Env,
-		seen:  map[tree.Row]bool{},
+		table:   im.table,
+		env:     im.Resolved.ConfigFile.Env,
+		workdir: im.Resolved.ConfigFile.WorkingDir,
+		seen:    map[tree.Row]bool{},
 		open: func(ctx context.Context, row tree.Row) io.ReaderAt {
 			return readerAt(func(p []byte, off int64) (int, error) { return s.ReadFile(ctx, row, p, off) })
 		},
-		found: func(row tree.Row) { s.Ahead(ctx, im.fileProfile(row)) },
+		found: func(row tree.Row, parts []ztoc.Range) {
+			if parts == nil {
+				parts = []ztoc.Range{{End: guessFile}}
+			}
+			s.Ahead(ctx, im.fileProfile(row, parts))
+		},
 	}
 }
 
-// fileProfile is the beginning of a file as a profile.
-func (im *Image) fileProfile(row tree.Row) (p lazyfs.Profile) {
-	size := min(im.table.Size(row), guessFile)
-	for off := int64(0); off < size; {
-		e := im.table.Extent(row, off)
-		if e.Len <= 0 {
-			break
+// fileProfile is parts of a file as a profile, guessFile bytes at most.
+func (im *Image) fileProfile(row tree.Row, parts []ztoc.Range) (p lazyfs.Profile) {
+	left := int64(guessFile)
+	for _, part := range parts {
+		end := min(part.End, im.table.Size(row))
+		for off := max(part.Start, 0); off < end && left > 0; {
+			e := im.table.Extent(row, off)
+			if e.Len <= 0 {
+				break
+			}
+			n := min(e.Len, end-off, left)
+			if e.Layer >= 0 {
+				p.Ranges = append(p.Ranges, lazyfs.ProfileRange{Layer: e.Layer, Start: e.Offset, End: e.Offset + n})
+			}
+			off += n
+			left -= n
 		}
-		n := min(e.Len, size-off)
-		if e.Layer >= 0 {
-			p.Ranges = append(p.Ranges, lazyfs.ProfileRange{Layer: e.Layer, Start: e.Offset, End: e.Offset + n})
-		}
-		off += n
 	}
 	return p
 }

@@ -94,7 +94,7 @@ func (o *opener) findViews(ctx context.Context) ([]*view, error) {
 			z, bytes, mode, reason := o.findView(ctx, l, index)
 			if z == nil {
 				v.report.Reason = reason
-				if l.Size < wholeBelow && ctx.Err() == nil {
+				if l.Size < wholeBelow && ctx.Err() == nil && !o.surveying {
 					// Fetched whole in any case: beside the tables of the others, not after them.
 					o.Progress.expect(l.Digest, l.Size)
 					return o.pull(ctx, l, v, 1)
