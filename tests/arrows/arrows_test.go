@@ -60,6 +60,7 @@ var owners = []struct {
 	{"github.com/google/go-containerregistry", []string{"agent/origin"}, true, "only origin talks to registries, so only origin has to get tokens and redirects right"},
 	{"github.com/klauspost/compress", []string{"ztoc"}, true, "how layers are compressed is ztoc's subject alone"},
 	{"github.com/google/flatbuffers", []string{"ztoc"}, false, "SOCI's file format is ztoc's subject alone"},
+	{"github.com/hashicorp/memberlist", []string{"peer"}, false, "membership is one file of peer; nothing else needs gossip to be up"},
 	{"google.golang.org/grpc", []string{"peer", "agent/control"}, false, "gRPC carries questions: between hosts, and on the local socket"},
 	{"github.com/spf13/cobra", []string{"cmd/muster"}, false, "flags and commands live in cmd and nowhere else"},
 	{"github.com/spf13/pflag", []string{"cmd/muster"}, false, "flags and commands live in cmd and nowhere else"},
