@@ -103,12 +103,14 @@ func (p *pool) trim() {
 	}
 }
 
-// zeros is memory that reads as zeros and is backed by the kernel's one zero page.
+// zeros is memory that reads as zeros. It was written to: the kernel's zero page, which memory that was not stands for, is
+// found the slow way, which fails in a process that is being killed, and its readers would get EIO.
 var zeros = sync.OnceValue(func() []byte {
-	b, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
-	if err != nil {
-		return make([]byte, 1<<20)
+	b := make([]byte, 64<<10)
+	for i := range b {
+		b[i] = 1
 	}
+	clear(b)
 	return b
 })
 

@@ -39,6 +39,17 @@ func (s *Server) interrupt(w *scratch, unique, target uint64) {
 	}
 }
 
+// watchParked watches the readers of all that is parked: of requests that a server before this one had, that server
+// knew whether the kernel had sent an INTERRUPT, and the kernel sends none twice.
+func (s *Server) watchParked() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, m := range s.parked {
+		s.working.Add(1)
+		go s.watch(m)
+	}
+}
+
 const watchEvery = 50 * time.Millisecond
 
 // watch gives m up when its reader is being killed. It ends with m or with Serve.

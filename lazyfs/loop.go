@@ -83,7 +83,9 @@ func (s *Server) send(w *scratch, unique uint64, errno syscall.Errno) {
 		switch e {
 		case syscall.EINTR:
 			continue
-		case 0, syscall.ENOENT, syscall.ENODEV:
+		case 0:
+			s.slots.answered.Add(1)
+		case syscall.ENOENT, syscall.ENODEV:
 		default:
 			// The kernel did not take it: without any answer the caller would wait for ever.
 			if errno == 0 {
@@ -162,6 +164,12 @@ func (s *Server) dispatch(w *scratch, sl slot) (parked bool) {
 	if errno != 0 {
 		s.send(w, unique, errno)
 		return false
+	}
+	if len(body) > 0 && unsafe.SliceData(body) != unsafe.SliceData(w.buf) {
+		// Out of the mapped table: a page that is not there would have to be found while the kernel copies the reply. That
+		// fails in a process that is being killed, and the kernel would make it an EIO.
+		body = append(w.buf[:0], body...)
+		w.buf = body
 	}
 	s.reply(w, unique, body)
 	return false

@@ -227,6 +227,7 @@ func (s *Server) Serve(ctx context.Context, dev *os.File) error {
 			s.slots.put(sl)
 		}
 	}
+	s.watchParked()
 	s.startReplay()
 	defer s.deliverProfile()
 	kept := make(chan struct{})

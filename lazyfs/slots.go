@@ -1,8 +1,12 @@
 package lazyfs
 
 import (
+	"encoding/binary"
 	"fmt"
+	"io"
 	"sync"
+	"sync/atomic"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,9 +20,11 @@ import (
 // been answered is in it. A server that died between answering and clearing leads to a second answer,
 // which the kernel refuses (ENOENT) because uniques are never used twice.
 type Slots struct {
-	mem     []byte
-	size    int
-	private bool
+	mem      []byte
+	size     int
+	private  bool
+	answered *atomic.Uint64 // replies that the kernel took, of all servers
+	taken    *atomic.Uint64 // slots from here on have never been used
 
 	mu   sync.Mutex
 	free []uint32 // last in, first out, so that few pages are ever touched
@@ -26,11 +32,21 @@ type Slots struct {
 
 // SlotCount is how many requests a connection can have taken and not answered; those beyond are held in
 // private memory and are lost with their server (a kernel that can resend still brings them back).
-const SlotCount = 1024
+const SlotCount = 8192
 
 // SlotsSize is the size in bytes of the memory that NewSharedSlots wants. Pages of it that no request
-// was ever in cost nothing.
-const SlotsSize = SlotCount * minReadBuffer
+// was ever in cost nothing. The slots come first, then a page of two words of eight bytes in the order of this machine: how many
+// requests have been answered, and how many slots were ever in use.
+const SlotsSize = slotsBytes + 4096
+
+// SlotsVersion changes with the layout of that memory. A server must not use memory of another version.
+const SlotsVersion = 1
+
+const (
+	slotsBytes   = SlotCount * minReadBuffer
+	answeredWord = slotsBytes
+	takenWord    = slotsBytes + 8
+)
 
 // NewSharedSlots uses mem, which must be shared by all servers that a mount ever has: zero at first, of
 // SlotsSize bytes, aligned to a page.
@@ -38,13 +54,29 @@ func NewSharedSlots(mem []byte) (*Slots, error) {
 	if len(mem) != SlotsSize {
 		return nil, fmt.Errorf("shared memory has %d bytes, not %d", len(mem), SlotsSize)
 	}
-	s := &Slots{mem: mem, size: minReadBuffer}
-	for i := SlotCount; i > 0; i-- {
-		if s.length(uint32(i-1)) == 0 {
-			s.free = append(s.free, uint32(i-1))
+	s := &Slots{
+		mem: mem, size: minReadBuffer,
+		answered: (*atomic.Uint64)(unsafe.Pointer(&mem[answeredWord])), taken: (*atomic.Uint64)(unsafe.Pointer(&mem[takenWord])),
+	}
+	used := s.used()
+	for i := uint32(SlotCount); i > 0; i-- {
+		if i > used || s.length(i-1) == 0 {
+			s.free = append(s.free, i-1)
 		}
 	}
 	return s, nil
+}
+
+// used is how many slots have ever been in use: looking at others would only cost their pages.
+func (s *Slots) used() uint32 { return uint32(min(s.taken.Load(), SlotCount)) }
+
+// AnsweredIn is how many requests have been answered by all servers that shared the slots in memory, so far.
+func AnsweredIn(memory io.ReaderAt) (uint64, error) {
+	var b [8]byte
+	if _, err := memory.ReadAt(b[:], answeredWord); err != nil {
+		return 0, fmt.Errorf("memory for requests: %w", err)
+	}
+	return binary.NativeEndian.Uint64(b[:]), nil
 }
 
 func newPrivateSlots() (*Slots, error) {
@@ -95,7 +127,14 @@ func (s *Slots) take() slot {
 	}
 	i := s.free[n-1]
 	s.free = s.free[:n-1]
-	return s.at(i)
+	if s.taken.Load() <= uint64(i) {
+		s.taken.Store(uint64(i) + 1)
+	}
+	sl := s.at(i)
+	// Its page must be there when the kernel copies a request into it: finding one then would fail in a process that is
+	// being killed, and the kernel would answer the request with EIO.
+	sl.clear()
+	return sl
 }
 
 // clear forgets the request in sl, which was answered; sl can be read into again.
@@ -115,7 +154,7 @@ func (s *Slots) put(sl slot) {
 // left are the slots in which a server that died left requests. Called once, before any take.
 func (s *Slots) left() []slot {
 	var l []slot
-	for i := range uint32(SlotCount) {
+	for i := range s.used() {
 		if s.length(i) != 0 {
 			l = append(l, s.at(i))
 		}

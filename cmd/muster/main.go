@@ -96,6 +96,7 @@ Settings come from flags, MUSTER_… variables and /etc/muster/agent.yaml, in th
 		a.runCommand(),
 		a.mountCommand(),
 		a.umountCommand(),
+		a.upgradeMountsCommand(),
 		a.ztocCommand(),
 		a.indexCommand(),
 		a.cacheCommand(),

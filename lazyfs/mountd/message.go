@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,7 +15,8 @@ import (
 	"github.com/muster-hpc/muster/lazyfs"
 )
 
-// A message goes between the three processes, one packet each, with descriptors beside it.
+// A message goes between processes, one packet each, with descriptors beside it. A program of another version may be at
+// the other end: fields may be added, and what is there keeps its meaning.
 type message struct {
 	Kind kind `json:"kind"`
 
@@ -22,39 +24,60 @@ type message struct {
 	Dir     string        `json:"dir,omitempty"`
 	Request []byte        `json:"request,omitempty"`
 	Linger  time.Duration `json:"linger,omitempty"`
-	State   []byte        `json:"state,omitempty"` // also of built
-	Again   bool          `json:"again,omitempty"` // a predecessor built State; the table file comes along
+	Ahead   int           `json:"ahead,omitempty"`
+
+	State   []byte `json:"state,omitempty"`   // of start again and of built
+	Again   bool   `json:"again,omitempty"`   // a predecessor built State; the mount's kit comes along
+	Standby bool   `json:"standby,omitempty"` // of start again and adopt: get ready, and go on only when told to: another still does
 
 	Mount lazyfs.MountOptions `json:"mount,omitzero"` // built: server → parent
-	Ahead int                 `json:"ahead,omitempty"`
 
-	Init lazyfs.Init `json:"init,omitzero"` // serve: parent → server, with the device
+	PID int `json:"pid,omitempty"` // adopt: the server's that serves; ready, here: the parent's
 
 	Event []byte `json:"event,omitempty"` // event: server → parent → command
 
-	Error string `json:"error,omitempty"` // failed: server → parent → command
+	Error string `json:"error,omitempty"` // failed, ended, refused
 	Code  int    `json:"code,omitempty"`
-	PID   int    `json:"pid,omitempty"` // ready: parent → command, the parent's
+
+	Files []string `json:"files,omitempty"` // what the descriptors are, in their order
 }
 
 type kind string
 
 const (
-	kindStart   kind = "start"
-	kindBuilt   kind = "built"
-	kindServe   kind = "serve"
-	kindServing kind = "serving"
+	kindStart   kind = "start"   // build and, when Again, serve
+	kindBuilt   kind = "built"   // server → parent
+	kindServe   kind = "serve"   // parent → server, with the kit; and between parents: it is yours
+	kindServing kind = "serving" // server → parent; and between parents
+	kindReady   kind = "ready"   // parent → command and server: the root answers
 	kindEvent   kind = "event"
 	kindFailed  kind = "failed"
-	kindReady   kind = "ready"
+	kindEnd     kind = "end"   // parent → server: the mount is over
+	kindEnded   kind = "ended" // server → parent, its last word
+
+	kindAdopt kind = "adopt" // server, keeper or parent → new parent, with the kit
+	kindHere  kind = "here"  // new parent → server or keeper
+
+	// Over a mount's control socket.
+	kindUpgrade kind = "upgrade" // with the new program
+	kindKeep    kind = "keep"    // asks for the kit
+	kindKit     kind = "kit"
+	kindRefused kind = "refused"
 )
 
 // maxMessage bounds a packet; the socket's buffer holds it whole.
 const maxMessage = 96 << 10
 
+// maxFiles bounds the descriptors of a packet.
+const maxFiles = 16
+
 // pipe is one end of a socket that keeps packets apart.
 type pipe struct {
-	f    *os.File
+	f interface { // *os.File or *net.UnixConn
+		syscall.Conn
+		SetDeadline(time.Time) error
+		Close() error
+	}
 	send sync.Mutex
 }
 
@@ -91,7 +114,14 @@ func (p *pipe) write(m message, files ...*os.File) error {
 	}
 	var fds []int
 	for _, f := range files {
-		fds = append(fds, int(f.Fd()))
+		// Not Fd, which would make it blocking for everybody who has it.
+		c, err := f.SyscallConn()
+		if err != nil {
+			return err
+		}
+		if err := c.Control(func(fd uintptr) { fds = append(fds, int(fd)) }); err != nil {
+			return err
+		}
 	}
 	var oob []byte
 	if len(fds) > 0 {
@@ -104,9 +134,9 @@ func (p *pipe) write(m message, files ...*os.File) error {
 	})
 }
 
-// read is the next packet; io.EOF when the other end is gone.
+// read is the next packet; io.EOF when the other end is gone. The files are the caller's to close.
 func (p *pipe) read() (m message, files []*os.File, err error) {
-	buf, oob := make([]byte, maxMessage+1), make([]byte, unix.CmsgSpace(4*4))
+	buf, oob := make([]byte, maxMessage+1), make([]byte, unix.CmsgSpace(maxFiles*4))
 	var n, on int
 	err = p.do(false, func(fd int) (err error) {
 		n, on, _, _, err = unix.Recvmsg(fd, buf, oob, unix.MSG_CMSG_CLOEXEC)
@@ -125,13 +155,23 @@ func (p *pipe) read() (m message, files []*os.File, err error) {
 	for _, c := range cms {
 		fds, err := unix.ParseUnixRights(&c)
 		if err != nil {
-			return m, nil, err
+			continue
 		}
 		for _, fd := range fds {
 			files = append(files, os.NewFile(uintptr(fd), "passed"))
 		}
 	}
-	return m, files, json.Unmarshal(buf[:n], &m)
+	if err := json.Unmarshal(buf[:n], &m); err != nil {
+		closeAll(files)
+		return m, nil, err
+	}
+	return m, files, nil
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close()
+	}
 }
 
 // do runs a system call on the socket, waiting for it to be ready.
@@ -151,6 +191,15 @@ func (p *pipe) do(write bool, f func(fd int) error) error {
 		err = c.Read(try)
 	}
 	return errors.Join(err, got)
+}
+
+// wait bounds what is read and written from now on; zero: no bound.
+func (p *pipe) wait(d time.Duration) {
+	if d <= 0 {
+		_ = p.f.SetDeadline(time.Time{})
+		return
+	}
+	_ = p.f.SetDeadline(time.Now().Add(d))
 }
 
 func (p *pipe) Close() error { return p.f.Close() }

@@ -32,12 +32,14 @@ import (
 // The test's own executable is what muster is outside: the processes of a mount are this program again.
 func TestMain(m *testing.M) {
 	mountd.Main(builder, func(error) int { return 7 })
-	if arg := os.Getenv(asUser); arg != "" {
-		if err := runErrand(arg); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
+	for name, run := range errands {
+		if arg := os.Getenv(name); arg != "" {
+			if err := run(arg); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+			os.Exit(0)
 		}
-		os.Exit(0)
 	}
 	code := m.Run()
 	time.Sleep(100 * time.Millisecond)
@@ -48,12 +50,20 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// errands are what this program does when it is started with one of these variables.
+var errands = map[string]func(arg string) error{
+	asUser: runErrand, asMapper: hashMapped, asKeeper: keepUntilTold, asUpgrader: upgradeTo,
+}
+
 // order is the Request of these tests: a directory with an image in it, and how to misbehave.
 type order struct {
 	Dir   string
 	Fail  string
 	Hang  bool
 	Delay time.Duration // of each read of a blob
+
+	Crash bool // of servers that replace another
+	Soon  bool // to find that readers are quiet
 
 	Private bool // for the one who mounts only, as users may
 }
@@ -66,6 +76,12 @@ func builder(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
 	r.Report([]byte("building"))
 	if o.Fail != "" {
 		return nil, errors.New(o.Fail)
+	}
+	if exe, err := os.Readlink("/proc/self/exe"); err != nil || r.State != nil && strings.Contains(filepath.Base(exe), stranger) {
+		return nil, errors.New("cannot read version 1 of the table")
+	}
+	if r.State != nil && o.Crash {
+		os.Exit(3)
 	}
 	if o.Hang {
 		<-ctx.Done()
@@ -102,13 +118,17 @@ func builder(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
 	if err != nil {
 		return nil, err
 	}
+	config := lazyfs.Config{
+		Table: table, Layers: []lazyfs.Layer{{Ref: table.Layers()[0].Blob, Ztoc: z}}, Blobs: slowFile{blob, o.Delay},
+	}
+	if o.Soon {
+		config.Quiet, config.Idle = 100*time.Millisecond, 200*time.Millisecond
+	}
 	return &mountd.Source{
-		Config: lazyfs.Config{
-			Table: table, Layers: []lazyfs.Layer{{Ref: table.Layers()[0].Blob, Ztoc: z}}, Blobs: slowFile{blob, o.Delay},
-		},
-		Mount: lazyfs.MountOptions{Name: "Test", AllowOther: !o.Private},
-		Table: f,
-		State: []byte("state"),
+		Config: config,
+		Mount:  lazyfs.MountOptions{Name: "Test", AllowOther: !o.Private},
+		Table:  f,
+		State:  []byte("state"),
 	}, nil
 }
 
@@ -130,8 +150,8 @@ func (b slowFile) ReadAt(ctx context.Context, _ ztoc.BlobRef, p []byte, off int6
 func (slowFile) Reject(ztoc.BlobRef, ztoc.Range, error) error { return errors.New("not again") }
 
 // picture makes an image with one file, "data", of size bytes, a directory, and as many empty files as asked for. It
-// returns where it is and the file's hash.
-func picture(t *testing.T, size, empty int) (dir string, sum [32]byte) {
+// returns where it is and the file's hash. What is in more are files of this host that it has too.
+func picture(t *testing.T, size, empty int, more ...string) (dir string, sum [32]byte) {
 	t.Helper()
 	dir = t.TempDir()
 	r := rand.New(rand.NewPCG(1, uint64(size)))
@@ -151,6 +171,16 @@ func picture(t *testing.T, size, empty int) (dir string, sum [32]byte) {
 		}
 	}
 	tw.Write(data)
+	for _, name := range more { // files of this host
+		b, err := os.ReadFile(name)
+		if err == nil {
+			err = tw.WriteHeader(&tar.Header{Name: filepath.Base(name), Mode: 0o755, Size: int64(len(b))})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		tw.Write(b)
+	}
 	for i := range empty {
 		if err := tw.WriteHeader(&tar.Header{Name: fmt.Sprintf("many/%03d/%05d", i/200, i), Mode: 0o644}); err != nil {
 			t.Fatal(err)
@@ -336,64 +366,6 @@ func TestCommandGivesUp(t *testing.T) {
 		t.Error(err)
 	}
 	gone(t, dir, soon)
-}
-
-func TestServerIsReplaced(t *testing.T) {
-	for _, compat := range []string{"", string(lazyfs.Compat514)} {
-		t.Run("compat="+compat, func(t *testing.T) {
-			t.Setenv(lazyfs.CompatVariable, compat)
-			dir, sum := picture(t, 24<<20, 0)
-			m, err := start(t, order{Dir: dir, Delay: 20 * time.Millisecond}, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			got := make(chan [32]byte)
-			go func() { got <- hash(t, filepath.Join(m.Dir, "data")) }()
-			for range 4 {
-				time.Sleep(100 * time.Millisecond)
-				old := processes("server", m.Dir)
-				if len(old) != 1 {
-					t.Fatalf("servers: %v", old)
-				}
-				syscall.Kill(old[0], syscall.SIGKILL)
-				for range 5000 {
-					if now := processes("server", m.Dir); len(now) == 1 && now[0] != old[0] {
-						break
-					}
-					time.Sleep(time.Millisecond)
-				}
-			}
-			if <-got != sum {
-				t.Error("wrong content")
-			}
-		})
-	}
-}
-
-func TestTooManyDeaths(t *testing.T) {
-	dir, _ := picture(t, 1<<20, 0)
-	m, err := start(t, order{Dir: dir}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	end := time.Now().Add(20 * time.Second)
-	for len(processes("parent", m.Dir)) > 0 && time.Now().Before(end) {
-		for _, p := range processes("server", m.Dir) {
-			syscall.Kill(p, syscall.SIGKILL)
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	gone(t, m.Dir, soon)
-}
-
-func TestParentIsKilled(t *testing.T) {
-	dir, _ := picture(t, 1<<20, 0)
-	m, err := start(t, order{Dir: dir}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	syscall.Kill(m.Parent, syscall.SIGKILL)
-	gone(t, m.Dir, soon)
 }
 
 func TestParentIsTerminated(t *testing.T) {

@@ -7,8 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime"
-	"runtime/debug"
+	"sync"
 	"syscall"
 	"time"
 
@@ -26,7 +25,8 @@ type Request struct {
 	// Request is Options.Request.
 	Request []byte
 	// State is Source.State of the server before this one, nil in the first. When it is set a mount is alive and
-	// its users wait: build from State and Table alone, and quickly.
+	// its users wait: build from State and Table alone, and quickly. The one before may have been of another version of
+	// the program: what cannot be read is an error, which leaves the one before running if it lives.
 	State []byte
 	// Table is Source.Table of the server before this one, nil in the first. Its offset is nobody's.
 	Table *os.File
@@ -44,7 +44,7 @@ type Source struct {
 	Table *os.File
 	// State is what a successor needs to build the same: at most 32 KiB.
 	State []byte
-	// Serving is called in a goroutine of its own when the first server of a mount serves. Its context ends with
+	// Serving is called in a goroutine of its own when the first server of a mount serves, not in its successors. Its context ends with
 	// serving, and Close waits until it has returned. nil: nothing to do.
 	Serving func(ctx context.Context, s *lazyfs.Server)
 	// Close is called when serving has ended; nil: nothing to do.
@@ -62,9 +62,9 @@ func Main(build Builder, code func(error) int) {
 	conn, err := inherited(3)
 	if err == nil {
 		switch os.Args[1] {
-		case "parent":
+		case roleParent:
 			err = runParent(conn, log, code)
-		case "server":
+		case roleServer:
 			err = runServer(conn, log, build, code)
 		default:
 			err = fmt.Errorf("unknown role %q", os.Args[1])
@@ -77,119 +77,218 @@ func Main(build Builder, code func(error) int) {
 	os.Exit(0)
 }
 
-// errOrphan ends a server whose parent is gone.
-var errOrphan = errors.New("the parent is gone")
+// A serverProcess answers the kernel, and has all that its mount is, so that it can start another parent when the one
+// it has dies.
+type serverProcess struct {
+	log   *slog.Logger
+	start message
 
-func runServer(parent *pipe, log *slog.Logger, build Builder, code func(error) int) error {
+	mu     sync.Mutex
+	parent *pipe // the present one
+
+	// Used by the goroutine that listens to the parent only.
+	kit  *kit // nil until there is a mount
+	sure bool // the mount was ready once: from then on it outlives its parent
+
+	serve chan *kit // gets the kit when it is time to serve
+	end   context.CancelCauseFunc
+}
+
+var (
+	errOrphan = errors.New("the parent is gone")
+	errTold   = errors.New("the parent says that the mount is over")
+)
+
+func runServer(conn *pipe, log *slog.Logger, build Builder, code func(error) int) error {
 	signal.Ignore(syscall.SIGTERM) // the parent decides
-	// Requests that need no inflating must not wait for those that do.
-	runtime.GOMAXPROCS(runtime.NumCPU() + 2)
-	debug.SetMemoryLimit(56 << 20) // of the collected heap, which inflated spans are not in
-
-	start, files, err := parent.read()
-	if err != nil {
-		return err
-	}
-	slots, err := mapSlots(os.NewFile(4, "slots"))
+	beQuiet()
+	start, files, err := conn.read()
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
-	serve := make(chan message, 1)
-	device := make(chan *os.File, 1)
-	go func() {
-		for {
-			m, f, err := parent.read()
-			if err != nil {
-				cancel(errOrphan)
-				return
-			}
-			if m.Kind == kindServe && len(f) == 1 {
-				device <- f[0]
-				serve <- m
-			}
-		}
-	}()
-
-	r := Request{Request: start.Request, Report: func(b []byte) { _ = parent.write(message{Kind: kindEvent, Event: b}) }}
+	p := &serverProcess{log: log, start: start, parent: conn, serve: make(chan *kit, 1), end: cancel}
+	r := Request{Request: start.Request, Report: func(b []byte) { _ = p.say(message{Kind: kindEvent, Event: b}) }}
 	if start.Again {
-		r.State = start.State
-		if len(files) > 0 {
-			r.Table = files[0]
+		if p.kit, err = unpack(start, files); err != nil {
+			return err
+		}
+		r.State, r.Table = start.State, p.kit.table
+		p.sure = !start.Standby
+		if p.sure {
+			p.serve <- p.kit
 		}
 	}
+	go p.listen()
+	err = p.run(ctx, build, r, code)
+	m := message{Kind: kindEnded}
+	if err != nil && !errors.Is(err, errTold) {
+		m.Error = err.Error()
+	}
+	_ = p.say(m)
+	return err
+}
+
+// say writes to the present parent. A message that nobody gets is lost: a new parent is told what it needs to know.
+func (p *serverProcess) say(m message, files ...*os.File) error {
+	p.mu.Lock()
+	c := p.parent
+	p.mu.Unlock()
+	return c.write(m, files...)
+}
+
+// run builds and serves. It returns when the mount is gone, or nil when it was said that building failed.
+func (p *serverProcess) run(ctx context.Context, build Builder, r Request, code func(error) int) error {
 	src, err := build(ctx, r)
 	if err != nil {
-		if e := parent.write(message{Kind: kindFailed, Error: err.Error(), Code: code(err)}); e != nil {
-			return errors.Join(err, e)
-		}
-		return nil
+		return p.say(message{Kind: kindFailed, Error: err.Error(), Code: code(err)})
 	}
 	if src.Close != nil {
 		defer src.Close()
 	}
-	var table []*os.File
+	m, files := message{Kind: kindBuilt, Mount: src.Mount, State: src.State}, []*os.File(nil)
 	if src.Table != nil {
-		table = append(table, src.Table)
+		m.Files, files = []string{"table"}, []*os.File{src.Table}
 	}
-	if err := parent.write(message{Kind: kindBuilt, Mount: src.Mount, State: src.State}, table...); err != nil {
+	if err := p.say(m, files...); err != nil && !p.start.Again {
 		return err
 	}
-	var dev *os.File
+	var k *kit
 	select {
-	case dev = <-device:
+	case k = <-p.serve:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+	st, err := k.standing()
+	if err != nil {
+		return err
+	}
 	cfg := src.Config
-	cfg.Init, cfg.Slots = (<-serve).Init, slots
+	cfg.Init = st.Init
+	if cfg.Slots, err = mapSlots(k.slots); err != nil {
+		return err
+	}
 	if cfg.Log == nil {
-		cfg.Log = log
+		cfg.Log = p.log
 	}
 	s, err := lazyfs.New(cfg)
 	if err != nil {
-		_ = parent.write(message{Kind: kindFailed, Error: err.Error(), Code: code(err)})
-		return nil
+		return p.say(message{Kind: kindFailed, Error: err.Error(), Code: code(err)})
 	}
-	if err := parent.write(message{Kind: kindServing}); err != nil {
-		return err
-	}
-	if src.Serving != nil && !start.Again {
+	_ = p.say(message{Kind: kindServing})
+	if src.Serving != nil && !p.start.Again {
 		done := make(chan struct{})
 		serving, stop := context.WithCancel(ctx)
 		go func() { defer close(done); src.Serving(serving, s) }()
 		defer func() { stop(); <-done }() // before Close, which was deferred before
 	}
-	return serveUntilOrphan(ctx, s, dev, start, log)
+	return p.serveUntilOrphan(ctx, s, k, st)
 }
 
-// serveUntilOrphan serves until the mount is gone. When the parent dies before, it unmounts, and serves those who are
-// still inside as long as they may linger.
-func serveUntilOrphan(ctx context.Context, s *lazyfs.Server, dev *os.File, start message, log *slog.Logger) error {
+// serveUntilOrphan serves until the mount is gone or over. When no parent can be had it unmounts, and serves those who
+// are still inside as long as they may linger.
+func (p *serverProcess) serveUntilOrphan(ctx context.Context, s *lazyfs.Server, k *kit, st standing) error {
 	ended := make(chan error, 1)
-	go func() { ended <- s.Serve(context.WithoutCancel(ctx), dev) }()
+	go func() { ended <- s.Serve(context.WithoutCancel(ctx), k.dev) }()
 	select {
 	case err := <-ended:
 		return err
 	case <-ctx.Done():
 	}
-	log.Error("the parent is gone, unmounting")
-	un, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-	defer cancel()
-	if _, err := lazyfs.Unmount(un, start.Dir); err != nil {
+	if errors.Is(context.Cause(ctx), errTold) {
+		return nil // the connection ends with this process
+	}
+	p.log.Error("unmounting", "cause", context.Cause(ctx))
+	if err := release(st, k); err != nil {
 		return err
 	}
 	select {
 	case err := <-ended:
 		return err
-	case <-time.After(start.Linger):
-		return errOrphan // the connection ends with this process
+	case <-time.After(st.Start.Linger):
+		return errOrphan
+	}
+}
+
+// release unmounts what nobody will look after any more, unless that was done.
+func release(st standing, k *kit) error {
+	if c, err := lazyfs.Mounted(st.Start.Dir); err != nil || c.Minor != st.Conn.Minor {
+		return nil //nolint:nilerr // it is not mounted
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), unmountWait)
+	defer cancel()
+	_, err := lazyfs.Unmount(ctx, st.Start.Dir)
+	return err
+}
+
+// listen does what the parent says, and sees to it that there is one.
+func (p *serverProcess) listen() {
+	conn := p.parent
+	for {
+		m, files, err := conn.read()
+		if err != nil {
+			_ = conn.Close()
+			if p.kit == nil || !p.sure {
+				p.end(errOrphan)
+				return
+			}
+			if conn, err = p.another(); err != nil {
+				p.end(fmt.Errorf("%w: %w", errOrphan, err))
+				return
+			}
+			continue
+		}
+		switch m.Kind {
+		case kindServe:
+			if p.kit == nil {
+				if p.kit, err = unpack(m, files); err != nil {
+					p.end(err)
+					return
+				}
+			} else {
+				closeAll(files)
+				p.sure = true
+			}
+			p.serve <- p.kit
+		case kindReady:
+			p.sure = true
+		case kindEnd:
+			p.end(errTold)
+			return
+		case kindHere: // of a parent that this server started
+		default:
+			closeAll(files)
+		}
+	}
+}
+
+// another starts a parent in place of one that died, and returns when it has taken over.
+func (p *serverProcess) another() (*pipe, error) {
+	give := time.Now().Add(adoptWait)
+	for vain := false; ; vain = true {
+		wait, err := p.kit.mourn(roleParent, vain)
+		if err != nil {
+			return nil, err
+		}
+		if time.Now().Add(wait).After(give) {
+			return nil, fmt.Errorf("no new one for %v", adoptWait)
+		}
+		time.Sleep(wait)
+		p.log.Warn("the parent died, starting another")
+		conn, err := replaceParent(p.start.Dir, os.Stderr, p.kit, message{Kind: kindAdopt, PID: os.Getpid()}, time.Until(give))
+		if err != nil {
+			p.log.Error("start a parent", "error", err)
+			continue
+		}
+		p.mu.Lock()
+		p.parent = conn
+		p.mu.Unlock()
+		return conn, nil
 	}
 }
 
 func mapSlots(f *os.File) (*lazyfs.Slots, error) {
-	defer f.Close()
 	mem, err := unix.Mmap(int(f.Fd()), 0, lazyfs.SlotsSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("map the memory for requests: %w", err)

@@ -5,11 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -51,8 +50,7 @@ func (e *Error) Error() string { return e.Text }
 // A Mount is a running mount, as its maker sees it.
 type Mount struct {
 	Dir    string // absolute
-	Parent int    // process id
-	wait   func() error
+	Parent int    // process id of the first
 }
 
 // processName is argv[0] of the processes of a mount, by which they know themselves.
@@ -72,17 +70,16 @@ func Start(ctx context.Context, o Options) (*Mount, error) {
 		return nil, err
 	}
 	defer ours.Close()
-	cmd := process("parent", dir, o.Log, theirs)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	cmd.Dir = "/"
+	before, _ := lazyfs.Mounted(dir)
+	cmd := process(roleParent, dir, "", o.Log, theirs)
 	err = cmd.Start()
 	theirs.Close()
 	if err != nil {
 		return nil, fmt.Errorf("start the mount's process: %w", err)
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }() // ends with the mount
-	m := &Mount{Dir: dir, Parent: cmd.Process.Pid, wait: func() error { err := <-ended; ended <- err; return err }}
+	go func() { ended <- cmd.Wait() }() // ends with the first parent
+	m := &Mount{Dir: dir, Parent: cmd.Process.Pid}
 
 	stop := context.AfterFunc(ctx, func() { ours.f.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -110,7 +107,13 @@ func Start(ctx context.Context, o Options) (*Mount, error) {
 		}
 	}
 	ours.Close() // the parent sees it and clears up
-	_ = m.wait()
+	<-ended
+	if now, e := lazyfs.Mounted(dir); e == nil && now.Minor != before.Minor {
+		// The parent was killed when it had mounted, and its server too or before it knew.
+		un, cancel := context.WithTimeout(context.WithoutCancel(ctx), unmountWait)
+		_, _ = Unmount(un, dir)
+		cancel()
+	}
 	if c := context.Cause(ctx); c != nil {
 		return nil, c
 	}
@@ -120,57 +123,26 @@ func Start(ctx context.Context, o Options) (*Mount, error) {
 	return nil, fmt.Errorf("the mount's process ended without a word (its log may say why): %w", err)
 }
 
-// Unmount unmounts and waits until the processes of the mount have ended. busy says that something was still inside: then
-// the mount is detached, the processes end by themselves within the linger, and nobody waits.
-func (m *Mount) Unmount(ctx context.Context) (busy bool, err error) {
-	if busy, err = lazyfs.Unmount(ctx, m.Dir); err != nil || busy {
-		return busy, err
-	}
-	done := make(chan struct{})
-	go func() { _ = m.wait(); close(done) }()
-	select {
-	case <-done:
-		return false, nil
-	case <-ctx.Done():
-		return false, context.Cause(ctx)
-	}
-}
-
-// process is this executable as one of the processes of a mount; conn becomes its descriptor 3, files those from 4 on.
-func process(role, dir string, log *os.File, conn *os.File, files ...*os.File) *exec.Cmd {
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Args = []string{processName, role, dir}
-	if log != nil {
-		cmd.Stdout, cmd.Stderr = log, log
-	}
-	cmd.ExtraFiles = append([]*os.File{conn}, files...)
-	return cmd
-}
+// Unmount is Unmount of the mount's directory.
+func (m *Mount) Unmount(ctx context.Context) (busy bool, err error) { return Unmount(ctx, m.Dir) }
 
 // Unmount unmounts dir and waits until the processes of the mount have ended, so that nothing is left when it
 // returns. busy says that something was still inside: then it is detached and ends by itself. A mount that is not ours
 // is refused.
 func Unmount(ctx context.Context, dir string) (busy bool, err error) {
-	dir, err = filepath.Abs(dir)
-	if err != nil {
+	if dir, err = resolve(dir); err != nil {
 		return false, err
-	}
-	if real, err := filepath.EvalSymlinks(filepath.Dir(dir)); err == nil {
-		dir = filepath.Join(real, filepath.Base(dir)) // not the last element: its server may be dead
 	}
 	if _, err := lazyfs.Mounted(dir); err != nil {
 		return false, fmt.Errorf("nothing of muster is mounted there: %w", err)
 	}
-	parents := processesOf(dir)
-	defer func() {
-		for _, p := range parents {
-			unix.Close(p)
-		}
-	}()
+	fds := processesOf(dir, "")
+	defer func() { closeFDs(fds) }()
 	if busy, err = lazyfs.Unmount(ctx, dir); err != nil || busy {
 		return busy, err
 	}
-	for _, p := range parents {
+	fds = append(fds, processesOf(dir, "")...) // one may just have been replaced
+	for _, p := range fds {
 		for ctx.Err() == nil {
 			n, err := unix.Poll([]unix.PollFd{{Fd: int32(p), Events: unix.POLLIN}}, 50)
 			if n > 0 || (err != nil && !errors.Is(err, unix.EINTR)) {
@@ -181,13 +153,60 @@ func Unmount(ctx context.Context, dir string) (busy bool, err error) {
 	return false, context.Cause(ctx)
 }
 
-// processesOf are pidfds of the processes that serve dir.
-func processesOf(dir string) (fds []int) {
+// resolve is dir as the mount table has it, without touching what is mounted there: its server may be dead.
+func resolve(dir string) (string, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	if real, err := filepath.EvalSymlinks(filepath.Dir(dir)); err == nil {
+		dir = filepath.Join(real, filepath.Base(dir))
+	}
+	return dir, nil
+}
+
+// processesOf are pidfds of the processes of the mount on dir, of one role or, when that is empty, of all.
+func processesOf(dir, role string) (fds []int) {
+	eachProcess(func(pid int, r, d string) {
+		if d != dir || role != "" && r != role {
+			return
+		}
+		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
+			fds = append(fds, fd)
+		}
+	})
+	return fds
+}
+
+func closeFDs(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+}
+
+// Mounts are the directories on which there are mounts of this user (of everybody for root) whose processes can be seen
+// from here, sorted.
+func Mounts() []string {
+	var dirs []string
+	eachProcess(func(pid int, _, dir string) {
+		var st unix.Stat_t
+		if err := unix.Stat(fmt.Sprintf("/proc/%d", pid), &st); err != nil || os.Geteuid() != 0 && int(st.Uid) != os.Geteuid() {
+			return
+		}
+		if _, err := lazyfs.Mounted(dir); err == nil {
+			dirs = append(dirs, dir)
+		}
+	})
+	slices.Sort(dirs)
+	return slices.Compact(dirs)
+}
+
+// eachProcess calls f for every process of a mount that can be seen.
+func eachProcess(f func(pid int, role, dir string)) {
 	all, err := os.ReadDir("/proc")
 	if err != nil {
-		return nil
+		return
 	}
-	want := []string{processName, "", dir}
 	for _, e := range all {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil {
@@ -195,12 +214,8 @@ func processesOf(dir string) (fds []int) {
 		}
 		b, err := os.ReadFile("/proc/" + e.Name() + "/cmdline")
 		args := strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
-		if err != nil || len(args) != len(want) || args[0] != want[0] || args[2] != want[2] {
-			continue
-		}
-		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
-			fds = append(fds, fd)
+		if err == nil && len(args) == 3 && args[0] == processName {
+			f(pid, args[1], args[2])
 		}
 	}
-	return fds
 }

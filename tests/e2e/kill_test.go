@@ -120,7 +120,7 @@ func TestKilledStages(t *testing.T) {
 }
 
 // TestKilledMounts: the command, the parent and the server of a mount are killed at random moments, alone and together.
-// A dead server is replaced under the mount; a dead parent leaves no mount, or one that umount ends; in the end
+// Either is replaced under the mount; both leave a mount that umount ends; in the end
 // nothing is left and the directory can be mounted on again.
 func TestKilledMounts(t *testing.T) {
 	for name, user := range map[string]uint32{"root": 0, "user": somebody} {
@@ -187,7 +187,7 @@ func TestKilledMounts(t *testing.T) {
 	}
 }
 
-// TestParentKilledAlone: a mount whose parent is gone must not stay behind for ever: nobody would end it.
+// TestParentKilledAlone: a mount goes on when its parent is killed, and umount ends it as ever.
 func TestParentKilledAlone(t *testing.T) {
 	h := newHost(t, 0)
 	dir := h.mountPoint()
@@ -196,10 +196,19 @@ func TestParentKilledAlone(t *testing.T) {
 	if err := unix.Kill(m.PID, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "its server ends too", func() bool { return len(processesWith(h.store)) == 0 })
-	if isMounted(dir) { // nobody is left who could unmount it, but one can
-		h.must("umount", dir)
+	eventually(t, "another parent is there", func() bool {
+		for _, pid := range processesWith(h.store) {
+			if pid != m.PID && strings.HasPrefix(commandLine(pid), "muster-mountd parent") {
+				return true
+			}
+		}
+		return false
+	})
+	if b, err := h.readFile(dir + "/bin/say"); err != nil || len(b) != len(say()) {
+		t.Errorf("%d bytes, %v", len(b), err)
 	}
+	h.must("umount", dir)
+	h.processesGone("umount")
 	h.must("mount", image(t, "escape"), dir)
 }
 
