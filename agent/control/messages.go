@@ -187,14 +187,14 @@ type Peer struct {
 
 // A JobStatus is a job on this host.
 type JobStatus struct {
-	Job   string      `json:"job"`
-	Image string      `json:"image"`
-	UID   int64       `json:"uid"`
-	Digst ztoc.Digest `json:"digest,omitempty"`
-	Plan  string      `json:"plan,omitempty"`
-	Hosts []string    `json:"hosts"`
-	Began time.Time   `json:"began"`
-	State HostState   `json:"state"`
+	Job    string      `json:"job"`
+	Image  string      `json:"image"`
+	UID    int64       `json:"uid"`
+	Digest ztoc.Digest `json:"digest,omitempty"`
+	Plan   string      `json:"plan,omitempty"`
+	Hosts  []string    `json:"hosts"`
+	Began  time.Time   `json:"began"`
+	State  HostState   `json:"state"`
 }
 
 // A PrestageRequest asks for images on this host, from peers first.
@@ -218,4 +218,3 @@ type ReadRequest struct {
 	// Wrong reports that Range of Blob did not match its digest, with the cause: drop it and fetch elsewhere from now on.
 	Wrong string `json:"wrong,omitempty"`
 }
-

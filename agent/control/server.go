@@ -74,7 +74,6 @@ func New(a Agent, exitCode func(error) int) *Server {
 // Stop ends all calls and waits for them.
 func (s *Server) Stop() { s.grpc.Stop() }
 
-
 var description = grpc.ServiceDesc{
 	ServiceName: service,
 	HandlerType: (*any)(nil),

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -425,4 +426,22 @@ func (s *Store) inspect(it item) (present int64, inUse bool) {
 	present = b.Present()
 	f.unmap() //nolint:errcheck // nothing was written through it
 	return present, inUse
+}
+
+// Find is the blob with this digest that the store has something of, false if there is none. Manifests lie about sizes, so there may be
+// several; the first is as good as any.
+func (s *Store) Find(d ztoc.Digest) (ztoc.BlobRef, bool) {
+	if _, err := ztoc.ParseDigest(string(d)); err != nil {
+		return ztoc.BlobRef{}, false
+	}
+	names, err := filepath.Glob(s.path(blobsDir, d.Hex()+"-*"))
+	if err != nil {
+		return ztoc.BlobRef{}, false
+	}
+	for _, n := range names {
+		if ref, ok := parseBlobName(filepath.Base(n)); ok {
+			return ref, true
+		}
+	}
+	return ztoc.BlobRef{}, false
 }

@@ -1,0 +1,148 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"slices"
+
+	"github.com/muster-hpc/muster/agent/image"
+	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/planner"
+	"github.com/muster-hpc/muster/ztoc"
+)
+
+// healTries is how often a layer that is wrong is repaired before it is given up.
+const healTries = 3
+
+// heal finds out which host's bytes of a layer are wrong, drops them, and fetches them from the origin. The layer has arrived whole,
+// or does so first. With a table each span tells by itself; without, one piece of each source is fetched again and compared.
+func (j *job) heal(ctx context.Context, n int, cause error) error {
+	b, h := j.spec.Blobs[n], j.blobs[n]
+	if err := h.wait(ctx, h.whole()); err != nil {
+		return err
+	}
+	j.healing.Lock()
+	defer j.healing.Unlock()
+	bad, err := j.wrongPieces(ctx, n)
+	if err != nil {
+		return err
+	}
+	liars := map[int]int64{}
+	for _, x := range bad {
+		_, r := j.plan.Range(x)
+		liars[j.broughtBy(x)] += r.Len()
+		h.blob.Drop(r)
+	}
+	for host, wrong := range liars {
+		name := "the origin"
+		if host >= 0 {
+			name = j.spec.Hosts[host].Name
+			j.passOver(host, "sent wrong bytes", 0)
+		}
+		j.a.log.Error("bytes of a layer were wrong and are fetched again", "job", j.id, "layer", b.Digest, "source", name, "bytes", wrong, "cause", cause)
+		j.a.audit("wrong-bytes", "job", j.id, "layer", b.Digest, "source", name, "bytes", wrong)
+		j.a.metrics.wrong.Add(float64(wrong))
+	}
+	for _, x := range bad {
+		_, r := j.plan.Range(x)
+		j.setBrought(x, originHost)
+		if err := j.chain.Ensure(ctx, b.BlobRef, r, ztoc.Prefetch); err != nil {
+			return fmt.Errorf("layer %s: %w", b.Digest, err)
+		}
+	}
+	return nil
+}
+
+// wrongPieces are the pieces of a layer that have to be fetched again.
+func (j *job) wrongPieces(ctx context.Context, n int) ([]planner.Piece, error) {
+	from, to := j.plan.BlobPieces(n)
+	var all []planner.Piece
+	for x := from; x < to; x++ {
+		all = append(all, x)
+	}
+	if packed := image.KeptTable(j.a.o.Store, origin.Descriptor{Digest: j.spec.Blobs[n].Digest, Size: j.spec.Blobs[n].Size}); packed != nil {
+		if bad := j.wrongSpans(n, packed); len(bad) > 0 {
+			return bad, nil
+		}
+	}
+	// One piece of each source, against the origin's.
+	bySource := map[int][]planner.Piece{}
+	for _, x := range all {
+		bySource[j.broughtBy(x)] = append(bySource[j.broughtBy(x)], x)
+	}
+	var bad []planner.Piece
+	for host, list := range bySource {
+		if host == originHost {
+			continue
+		}
+		same, err := j.sameAtOrigin(ctx, n, list[len(list)/2])
+		if err != nil {
+			return nil, err
+		}
+		if !same {
+			bad = append(bad, list...)
+		}
+	}
+	if len(bad) == 0 { // whoever lied did it elsewhere: nothing is believed
+		bad = all
+	}
+	slices.Sort(bad)
+	return bad, nil
+}
+
+// wrongSpans are the pieces in which spans of the table do not match.
+func (j *job) wrongSpans(n int, packed []byte) []planner.Piece {
+	z, err := ztoc.Unpack(packed)
+	if err != nil {
+		return nil
+	}
+	found := map[planner.Piece]bool{}
+	for i := range z.NumSpans() {
+		s := z.Span(i)
+		in, out := make([]byte, s.Blob.Len()), make([]byte, s.Out.Len())
+		if j.blobs[n].blob.ReadAt(in, s.Blob.Start) == nil && z.Inflate(out, i, in) == nil {
+			continue
+		}
+		for x := j.plan.PieceAt(n, s.Blob.Start); x <= j.plan.PieceAt(n, max(s.Blob.Start, s.Blob.End-1)); x++ {
+			found[x] = true
+		}
+	}
+	var bad []planner.Piece
+	for x := range found {
+		bad = append(bad, x)
+	}
+	return bad
+}
+
+// sameAtOrigin reports whether the origin has the same bytes for a piece.
+func (j *job) sameAtOrigin(ctx context.Context, n int, x planner.Piece) (bool, error) {
+	_, r := j.plan.Range(x)
+	body, err := source{j}.Blob(ctx, j.spec.Blobs[n].Digest, r)
+	if err != nil {
+		return false, err
+	}
+	defer body.Close()
+	theirs, ours := make([]byte, r.Len()), make([]byte, r.Len())
+	if _, err := io.ReadFull(body, theirs); err != nil {
+		return false, err
+	}
+	return j.blobs[n].blob.ReadAt(ours, r.Start) == nil && bytes.Equal(ours, theirs), nil
+}
+
+// broughtBy is who brought a piece.
+func (j *job) broughtBy(x planner.Piece) int {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if h, ok := j.from[x]; ok {
+		return h
+	}
+	return originHost
+}
+
+func (j *job) setBrought(x planner.Piece, host int) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.from[x] = host
+}

@@ -1,0 +1,216 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/muster-hpc/muster/agent/fetch"
+	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/peer"
+	"github.com/muster-hpc/muster/planner"
+	"github.com/muster-hpc/muster/ztoc"
+)
+
+// A source is where a job's chain takes from what the store has not: layers from the origin, what the resolver made from
+// the resolver. When the origin cannot be reached, every host of the job is asked for what it has.
+type source struct{ j *job }
+
+var _ fetch.Origin = source{}
+
+// Blob opens bytes r of a blob of the job.
+func (s source) Blob(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io.ReadCloser, error) {
+	j := s.j
+	n := j.number(d)
+	if n < 0 {
+		return nil, fmt.Errorf("blob %s is not of image %s", d, j.spec.Image)
+	}
+	if j.spec.Blobs[n].Kind != planner.Layer {
+		return j.fromHosts(ctx, d, r, j.hostsNamed(planner.Resolver(j.id, j.a.resolvers(j.names()))))
+	}
+	if hosts := j.holdersOf(ctx, d); len(hosts) > 0 {
+		if body, err := j.fromHosts(ctx, d, r, hosts); err == nil {
+			return body, nil
+		}
+	}
+	if !j.a.o.Seed(j.a.o.Name) {
+		return j.fromHosts(ctx, d, r, j.others())
+	}
+	if j.originGone.Load() { // it was asked in vain a moment ago: somebody may have it by now
+		if body, err := j.fromHosts(ctx, d, r, j.others()); err == nil {
+			return body, nil
+		}
+	}
+	if err := j.beQuiet(ctx); err != nil {
+		return nil, err
+	}
+	repo, err := j.repository()
+	if err != nil {
+		return nil, err
+	}
+	j.originRequests.Add(1)
+	body, err := repo.Blob(ctx, d, r)
+	if err != nil {
+		return s.instead(ctx, d, r, err)
+	}
+	return &counted{s: s, ctx: ctx, d: d, r: r, body: body}, nil
+}
+
+// instead looks for r at the other hosts when the origin has failed.
+func (s source) instead(ctx context.Context, d ztoc.Digest, r ztoc.Range, cause error) (io.ReadCloser, error) {
+	if ctx.Err() != nil {
+		return nil, cause
+	}
+	s.j.originGone.Store(true)
+	if errors.Is(cause, origin.ErrTooMany) {
+		s.j.quiet.Store(time.Now().Add(quietFor).UnixNano())
+		s.j.tellAll(peer.Note{Kind: peer.NoteQuiet, For: quietFor})
+	}
+	body, err := s.j.fromHosts(ctx, d, r, s.j.others())
+	if err != nil {
+		return nil, errors.Join(cause, err)
+	}
+	return body, nil
+}
+
+// A counted is a body from the origin.
+type counted struct {
+	s    source
+	ctx  context.Context
+	d    ztoc.Digest
+	r    ztoc.Range // still to come
+	body io.ReadCloser
+}
+
+func (c *counted) Read(p []byte) (int, error) {
+	n, err := c.body.Read(p)
+	if n > 0 {
+		j := c.s.j
+		j.originGone.Store(false)
+		j.fromOrigin.Add(int64(n))
+		j.a.metrics.received.WithLabelValues("origin").Add(float64(n))
+		c.r.Start += int64(n)
+	}
+	if err != nil && !errors.Is(err, io.EOF) && !c.r.Empty() {
+		body, other := c.s.instead(c.ctx, c.d, c.r, err)
+		if other != nil {
+			return n, other
+		}
+		_ = c.body.Close()
+		c.body, err = body, nil
+	}
+	return n, err
+}
+
+func (c *counted) Close() error { return c.body.Close() }
+
+// maxHeld bounds what fromHosts takes into memory at once, bytes.
+const maxHeld = 1 << 20
+
+// fromHosts reads r from the first of some hosts that has it, a piece at a time.
+func (j *job) fromHosts(ctx context.Context, d ztoc.Digest, r ztoc.Range, hosts []peer.Host) (io.ReadCloser, error) {
+	h := &hostsReader{j: j, ctx: ctx, d: d, r: r, hosts: hosts}
+	if err := h.fill(); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+type hostsReader struct {
+	j     *job
+	ctx   context.Context
+	d     ztoc.Digest
+	r     ztoc.Range // still to fetch
+	hosts []peer.Host
+	buf   bytes.Reader
+}
+
+func (h *hostsReader) fill() error {
+	p := make([]byte, min(maxHeld-h.r.Start%maxHeld, h.r.Len()))
+	var errs error = peer.ErrNotHere
+	for _, host := range h.hosts {
+		ctx, cancel := context.WithTimeout(h.ctx, h.j.a.o.Ask)
+		err := h.j.a.client.Read(ctx, host, peer.Hello{Plan: h.j.plan.ID().String(), Rank: h.j.me, Grant: h.j.spec.Access}, h.d, p, h.r.Start)
+		cancel()
+		if err == nil {
+			h.j.peerRequests.Add(1)
+			h.j.fromPeer.Add(int64(len(p)))
+			h.j.a.metrics.received.WithLabelValues("peer").Add(float64(len(p)))
+			h.buf.Reset(p)
+			h.r.Start += int64(len(p))
+			return nil
+		}
+		if h.ctx.Err() != nil {
+			return context.Cause(h.ctx)
+		}
+		if !errors.Is(err, peer.ErrNotHere) {
+			errs = err
+		}
+	}
+	return fmt.Errorf("%s [%d, +%d) at none of %d hosts: %w", h.d, h.r.Start, len(p), len(h.hosts), errs)
+}
+
+func (h *hostsReader) Read(p []byte) (int, error) {
+	if h.buf.Len() == 0 {
+		if h.r.Empty() {
+			return 0, io.EOF
+		}
+		if err := h.fill(); err != nil {
+			return 0, err
+		}
+	}
+	return h.buf.Read(p)
+}
+
+func (h *hostsReader) Close() error { return nil }
+
+// others are the job's hosts but this one, and those that are passed over last.
+func (j *job) others() (hosts []peer.Host) {
+	var late []peer.Host
+	for i := range j.spec.Hosts {
+		switch {
+		case i == j.me:
+		case j.isLate(i):
+			late = append(late, j.hostAt(i))
+		default:
+			hosts = append(hosts, j.hostAt(i))
+		}
+	}
+	return append(hosts, late...)
+}
+
+// hostsNamed are some of the job's hosts, without this one.
+func (j *job) hostsNamed(names []string) (hosts []peer.Host) {
+	for _, n := range names {
+		if i := j.plan.Host(n); i >= 0 && i != j.me {
+			hosts = append(hosts, j.hostAt(i))
+		}
+	}
+	return hosts
+}
+
+// quietFor is how long all leave the origin alone when it has said 429 to one and not how long.
+const quietFor = 2 * time.Second
+
+// beQuiet waits until the origin may be asked again.
+func (j *job) beQuiet(ctx context.Context) error {
+	t := time.NewTimer(time.Until(time.Unix(0, j.quiet.Load())))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (j *job) names() []string {
+	names := make([]string, len(j.spec.Hosts))
+	for i, h := range j.spec.Hosts {
+		names[i] = h.Name
+	}
+	return names
+}

@@ -1,0 +1,389 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/muster-hpc/muster/peer"
+	"github.com/muster-hpc/muster/planner"
+	"github.com/muster-hpc/muster/ztoc"
+)
+
+// An intake brings all pieces of a job's plan to this host: its own runs from the origin, the others from the parents that
+// the plan names, and from whoever stands in for one that is passed over.
+type intake struct {
+	j     *job
+	group *errgroup.Group
+	ctx   context.Context
+
+	cancel context.CancelCauseFunc
+
+	pieces [][]planner.Piece // by tree
+
+	mu    sync.Mutex
+	feeds map[int]*feed        // by host, those that run
+	no    map[int]map[int]bool // tree → hosts that said they will not bring it
+	want  map[int]int64        // bytes asked of each source, originHost for the own runs
+	got   map[int]int64        // bytes that came of it
+}
+
+// A feed is the stream from one parent. Guarded by intake.mu but for what is said.
+type feed struct {
+	in     *intake
+	host   int
+	trees  map[int]bool
+	more   []int // trees added since the stream looked
+	began  time.Time
+	stream *peer.Stream // nil until open
+
+	open       int  // wants that are not done; used by the feed's goroutine only
+	introduced bool // the parent was handed the plan; used by the feed's goroutine only
+}
+
+// runsAtOnce is how many runs a root has under way: one on the wire, one whose request is on its way.
+const runsAtOnce = 2
+
+// take brings everything. It returns when every piece is in the store.
+func (j *job) take(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	g, ctx := errgroup.WithContext(ctx)
+	in := &intake{
+		j: j, group: g, ctx: ctx, cancel: cancel, pieces: make([][]planner.Piece, j.plan.Trees()),
+		feeds: map[int]*feed{}, no: map[int]map[int]bool{}, want: map[int]int64{}, got: map[int]int64{},
+	}
+	for x := range planner.Piece(j.plan.Pieces()) {
+		t := j.plan.Tree(x)
+		in.pieces[t] = append(in.pieces[t], x)
+	}
+	g.Go(in.runs)
+	for t := range j.plan.Trees() {
+		if j.plan.Root(t) != j.me {
+			in.assign(t)
+		}
+	}
+	g.Go(in.watch)
+	if err := g.Wait(); err != nil && !errors.Is(err, errAllHere) {
+		return err
+	}
+	return nil
+}
+
+// errAllHere ends what still waits when every piece has come, some of them another way.
+var errAllHere = errors.New("everything is here")
+
+// runs fetches what this host is the root of, in long requests.
+func (in *intake) runs() error {
+	g, ctx := errgroup.WithContext(in.ctx)
+	g.SetLimit(runsAtOnce)
+	for _, r := range in.j.plan.Runs(in.j.me) {
+		g.Go(func() error { return in.bring(ctx, r.Blob, r.Range) })
+	}
+	return g.Wait()
+}
+
+// bring fetches a range through the chain: from the origin.
+func (in *intake) bring(ctx context.Context, blob int, r ztoc.Range) error {
+	j := in.j
+	in.add(in.want, originHost, r.Len())
+	if err := j.chain.Ensure(ctx, j.spec.Blobs[blob].BlobRef, r, ztoc.Prefetch); err != nil {
+		return fmt.Errorf("image %s: %w", j.spec.Image, err)
+	}
+	in.add(in.got, originHost, r.Len())
+	return nil
+}
+
+func (in *intake) add(m map[int]int64, host int, n int64) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	m[host] += n
+}
+
+// missing is what is not here of a tree's pieces, by blob, merged.
+func (in *intake) missing(t int) map[int][]ztoc.Range {
+	out := map[int][]ztoc.Range{}
+	for _, x := range in.pieces[t] {
+		b, r := in.j.plan.Range(x)
+		for _, m := range in.j.blobs[b].blob.Missing(r) {
+			m = r.Intersect(m)
+			if n := len(out[b]); n > 0 && out[b][n-1].End == m.Start {
+				out[b][n-1].End = m.End
+			} else {
+				out[b] = append(out[b], m)
+			}
+		}
+	}
+	return out
+}
+
+// assign gives a tree to the nearest of its ancestors that is not passed over, or, when there is none, to the origin.
+func (in *intake) assign(t int) {
+	j := in.j
+	if in.ctx.Err() != nil || len(in.missing(t)) == 0 {
+		return
+	}
+	for _, h := range j.plan.Ancestors(t, j.me) {
+		in.mu.Lock()
+		no := in.no[t][h]
+		in.mu.Unlock()
+		if no || j.isLate(h) {
+			continue
+		}
+		in.give(h, t)
+		return
+	}
+	in.group.Go(func() error {
+		for b, ranges := range in.missing(t) {
+			for _, r := range ranges {
+				if err := in.bring(in.ctx, b, r); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// give adds a tree to the feed of a host, which is begun if need be.
+func (in *intake) give(h, t int) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	f := in.feeds[h]
+	if f == nil {
+		f = &feed{in: in, host: h, trees: map[int]bool{}, began: time.Now()}
+		in.feeds[h] = f
+		in.group.Go(func() error { return f.run() })
+	}
+	f.trees[t] = true
+	f.more = append(f.more, t) // asked for after the next frame, which comes within peer.Beat
+}
+
+// run takes what a parent sends until nothing is left to want of it. An error of the parent is not one of the stage: its trees
+// go to others.
+func (f *feed) run() error {
+	in, j := f.in, f.in.j
+	began := time.Now()
+	err := f.receive()
+	in.mu.Lock()
+	delete(in.feeds, f.host)
+	var left []int
+	for t := range f.trees {
+		left = append(left, t)
+		if err == nil && !slices.Contains(f.more, t) { // it has said that this was all
+			in.refuse(t, f.host)
+		}
+	}
+	slices.Sort(left)
+	in.mu.Unlock()
+	switch {
+	case in.ctx.Err() != nil:
+		return context.Cause(in.ctx)
+	case errors.Is(err, errNotKept):
+		return err
+	case err != nil:
+		j.passOver(f.host, err.Error(), time.Since(began))
+	}
+	for _, t := range left {
+		in.assign(t) // nothing to do where all has come
+	}
+	return nil
+}
+
+// errNotKept ends a stage whose bytes the store does not take.
+var errNotKept = errors.New("the store does not keep what arrives")
+
+func (f *feed) receive() error {
+	in, j := f.in, f.in.j
+	ctx, cancel := context.WithCancelCause(in.ctx)
+	defer cancel(nil)
+	s, err := j.a.client.Open(ctx, j.hostAt(f.host), peer.Hello{Plan: j.plan.ID().String(), Rank: j.me, Priority: ztoc.Prefetch, Grant: j.spec.Access})
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	j.peerRequests.Add(1)
+	in.mu.Lock()
+	f.stream = s
+	in.mu.Unlock()
+	for {
+		if err := f.ask(); err != nil {
+			return err
+		}
+		if f.open == 0 {
+			return nil
+		}
+		e, err := s.Next()
+		if err != nil {
+			return err
+		}
+		switch e.Kind {
+		case peer.Bytes:
+			if err := f.bytes(e); err != nil {
+				return err
+			}
+		case peer.Missing:
+			f.refused(j.number(e.Digest), e.Ranges)
+		case peer.Done:
+			f.open--
+		case peer.Refused:
+			f.open--
+			if err := f.introduce(e.Err); err != nil {
+				return err
+			}
+		}
+		if why := in.lagging(f.host); why != "" {
+			return fmt.Errorf("%w: %s", peer.ErrSlow, why)
+		}
+	}
+}
+
+// ask wants what was added since it looked.
+func (f *feed) ask() error {
+	in, j := f.in, f.in.j
+	in.mu.Lock()
+	more := f.more
+	f.more = nil
+	s := f.stream
+	in.mu.Unlock()
+	all := map[int][]ztoc.Range{}
+	for _, t := range more {
+		for b, ranges := range in.missing(t) {
+			all[b] = append(all[b], ranges...)
+		}
+	}
+	for b := range j.spec.Blobs { // in the order in which blobs are wanted
+		ranges := all[b]
+		for len(ranges) > 0 {
+			n := min(len(ranges), peer.MaxRanges/2)
+			if _, err := s.Want(j.spec.Blobs[b].Digest, ranges[:n]); err != nil {
+				return err
+			}
+			for _, r := range ranges[:n] {
+				in.add(in.want, f.host, r.Len())
+			}
+			f.open++
+			ranges = ranges[n:]
+		}
+	}
+	return nil
+}
+
+// bytes stores what came.
+func (f *feed) bytes(e peer.Event) error {
+	in, j := f.in, f.in.j
+	b := j.number(e.Digest)
+	if b < 0 {
+		return fmt.Errorf("%w: bytes of another blob", peer.ErrProtocol)
+	}
+	if err := j.chain.Give(j.spec.Blobs[b].BlobRef, e.Data, e.Range.Start); err != nil {
+		return fmt.Errorf("%w: %w", errNotKept, err)
+	}
+	j.brought(b, e.Range, f.host)
+	j.fromPeer.Add(e.Range.Len())
+	j.a.metrics.received.WithLabelValues("peer").Add(float64(e.Range.Len()))
+	in.add(in.got, f.host, e.Range.Len())
+	return nil
+}
+
+// refused gives the trees that the parent will not bring to the next ancestor.
+func (f *feed) refused(blob int, ranges []ztoc.Range) {
+	in, j := f.in, f.in.j
+	if blob < 0 {
+		return
+	}
+	trees := map[int]bool{}
+	for _, r := range ranges {
+		for x := j.plan.PieceAt(blob, r.Start); x <= j.plan.PieceAt(blob, r.End-1); x++ {
+			trees[j.plan.Tree(x)] = true
+		}
+		in.add(in.want, f.host, -r.Len())
+	}
+	for t := range trees {
+		in.mu.Lock()
+		in.refuse(t, f.host)
+		mine := f.trees[t]
+		delete(f.trees, t)
+		in.mu.Unlock()
+		if mine {
+			in.assign(t)
+		}
+	}
+}
+
+// refuse notes that a host will not bring (more of) a tree. The caller holds in.mu.
+func (in *intake) refuse(t, host int) {
+	if in.no[t] == nil {
+		in.no[t] = map[int]bool{}
+	}
+	in.no[t][host] = true
+}
+
+// introduce hands the plan to a parent that does not know it, once, and asks again.
+func (f *feed) introduce(why error) error {
+	in, j := f.in, f.in.j
+	if f.introduced || !errors.Is(why, peer.ErrNotHere) {
+		return why
+	}
+	f.introduced = true
+	if _, err := peer.Ask(in.ctx, j.a.client, j.hostAt(f.host), peer.Begin, j.encoded); err != nil {
+		return err
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	f.more = f.more[:0]
+	for t := range f.trees {
+		f.more = append(f.more, t)
+	}
+	return nil
+}
+
+// Lateness: a source that has brought less than a third of the share that the median of the others has, when that is at least an
+// eighth, is passed over. Everything comes from one origin in one order, so shares grow alike, whatever the rate, until something is wrong.
+// Too strict, and hosts that are busy for a moment lose their place; too lax, and one slow host holds up its children.
+const (
+	lagFactor = 3
+	lagShare  = 0.125
+)
+
+// lagging says why a host's feed is too far behind, or nothing.
+func (in *intake) lagging(host int) string {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	f := in.feeds[host]
+	if f == nil || time.Since(f.began) < in.j.a.o.Late || in.want[host] <= 0 {
+		return ""
+	}
+	var others []float64
+	for h, want := range in.want {
+		if h != host && want > 0 {
+			others = append(others, float64(in.got[h])/float64(want))
+		}
+	}
+	if len(others) == 0 {
+		return ""
+	}
+	slices.Sort(others)
+	median := others[len(others)/2]
+	mine := float64(in.got[host]) / float64(in.want[host])
+	if median < lagShare || mine >= median/lagFactor {
+		return ""
+	}
+	return fmt.Sprintf("brought %.0f%% when the median of the others was %.0f%%", 100*mine, 100*median)
+}
+
+// watch ends the intake when all is here.
+func (in *intake) watch() error {
+	for _, h := range in.j.blobs {
+		if err := h.wait(in.ctx, h.whole()); err != nil {
+			return err
+		}
+	}
+	in.cancel(errAllHere)
+	return nil
+}
