@@ -15,9 +15,10 @@ import (
 type Plan struct {
 	spec   *JobSpec
 	id     PlanID
-	first  []Piece // the first piece of each blob, and behind the last one
-	grid   int64   // bytes of a piece
-	treeOf []uint8 // per piece
+	number map[string]int // of a host's name
+	first  []Piece        // the first piece of each blob, and behind the last one
+	grid   int64          // bytes of a piece
+	treeOf []uint8        // per piece
 	trees  []tree
 	seeds  []int         // who fetches, in the order in which runs are dealt
 	origin bool          // the seeds may reach the origin
@@ -48,7 +49,10 @@ func New(s *JobSpec) (*Plan, error) {
 	if s.Planner != Version {
 		return nil, fmt.Errorf("%w: it is of version %d, this is %d", ErrVersion, s.Planner, Version)
 	}
-	p := &Plan{spec: s, id: s.ID(), grid: s.piece(), runs: map[int][]Run{}}
+	p := &Plan{spec: s, id: s.ID(), grid: s.piece(), runs: map[int][]Run{}, number: make(map[string]int, len(s.Hosts))}
+	for i, h := range s.Hosts {
+		p.number[h.Name] = i
+	}
 	p.cut()
 	p.chooseSeeds()
 	shares := p.deal()
@@ -65,7 +69,10 @@ func (p *Plan) Spec() *JobSpec { return p.spec }
 
 // Host is the number of the host with this name, or -1.
 func (p *Plan) Host(name string) int {
-	return slices.IndexFunc(p.spec.Hosts, func(h Host) bool { return h.Name == name })
+	if i, ok := p.number[name]; ok {
+		return i
+	}
+	return -1
 }
 
 // cut lays the grid over the blobs.
@@ -138,6 +145,12 @@ func (p *Plan) Rank(tree, host int) int { return int(p.trees[tree].pos[host]) }
 
 // Before reports whether host a stands before host b in a tree's order: b may wait for a, and never the other way. It is false for a == b.
 func (p *Plan) Before(tree, a, b int) bool { return p.trees[tree].pos[a] < p.trees[tree].pos[b] }
+
+// MayWait reports whether host lets asker wait for a piece of a tree: asker named this plan, and stands behind host. It is the whole rule that
+// keeps waits from cycling; doc.go says why.
+func (p *Plan) MayWait(id PlanID, tree, host, asker int) bool {
+	return id == p.id && p.Before(tree, host, asker)
+}
 
 // Depth is the number of hops from a tree's root to host.
 func (p *Plan) Depth(tree, host int) int {

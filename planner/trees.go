@@ -40,12 +40,21 @@ type grower struct {
 	group  []int32 // by host; hosts of a group without a fast host are each their own
 	groups int
 	load   []int64 // bytes to send, by host
+	due    []int64 // bytes that a root will have to send at least, to one child, in trees to come
+	mean   int64   // of the bytes that each fast host sends in the end
 	fanout int
-	turn   int // where the next tree begins to look among equals
+
+	fastHosts int64
+	turn      int // where the next tree begins to look among equals
 }
 
 func (p *Plan) grow(shares []int64) {
 	g := newGrower(p.spec.Hosts, p.fanout())
+	n := int64(len(p.spec.Hosts))
+	for i, share := range shares {
+		g.due[p.seeds[i%len(p.seeds)]] += share
+		g.mean += share * (n - 1) / max(1, g.fastHosts)
+	}
 	p.trees = make([]tree, len(shares))
 	for i, share := range shares {
 		p.trees[i] = g.tree(p.seeds[i%len(p.seeds)], share)
@@ -61,9 +70,12 @@ func (p *Plan) grow(shares []int64) {
 }
 
 func newGrower(hosts []Host, fanout int) *grower {
-	g := &grower{hosts: hosts, fanout: fanout, load: make([]int64, len(hosts)), group: make([]int32, len(hosts))}
+	g := &grower{hosts: hosts, fanout: fanout, load: make([]int64, len(hosts)), due: make([]int64, len(hosts)), group: make([]int32, len(hosts))}
 	fast := map[string]bool{}
 	for _, h := range hosts {
+		if !h.Slow {
+			g.fastHosts++
+		}
 		fast[h.Group] = fast[h.Group] || !h.Slow
 	}
 	number := map[string]int32{}
@@ -90,10 +102,11 @@ func (g *grower) tree(root int, share int64) tree {
 	n := len(g.hosts)
 	t := newTree(n)
 	t.bytes = share
+	g.due[root] -= share
 	list := g.sorted(root)
 	t.add(int32(root), -1)
 	top := int32(root)
-	if k := g.relay(root, list); k >= 0 {
+	if k := g.relay(root, share, list); k >= 0 {
 		top = list[k]
 		list = slices.Delete(list, k, k+1)
 		t.add(top, int32(root))
@@ -112,7 +125,7 @@ func (g *grower) tree(root int, share int64) tree {
 	g.heap(&t, heads)
 	for _, head := range heads {
 		m := members[g.group[head]]
-		if t.child[head] >= 0 && len(m) > 2 && head != heads[0] && !g.hosts[m[1]].Slow {
+		if t.child[head] >= 0 && len(m) > 2 && !g.hosts[m[1]].Slow {
 			t.add(m[1], head)
 			m = m[1:]
 		}
@@ -150,13 +163,14 @@ func (g *grower) heap(t *tree, list []int32) {
 }
 
 // relay is the place in list of the host that the root gives its pieces to, or -1 when the root is to pass on to many itself. It does if it
-// has no more to send so far than others of those who are needed.
-func (g *grower) relay(root int, list []int32) int {
+// has no more to send so far than others of those who are needed, and will not have more in the end.
+func (g *grower) relay(root int, share int64, list []int32) int {
 	if len(list) == 0 || g.hosts[list[0]].Slow {
 		return -1
 	}
 	needed := (len(list) + g.fanout - 1) / g.fanout
-	if !g.hosts[root].Slow && g.load[root] <= g.load[list[min(needed, len(list))-1]] {
+	sends := share * int64(min(g.fanout, len(list)))
+	if !g.hosts[root].Slow && g.load[root] <= g.load[list[min(needed, len(list))-1]] && g.load[root]+sends+g.due[root] <= g.mean {
 		return -1
 	}
 	for k, h := range list {
