@@ -36,13 +36,14 @@ var allowed = map[string]struct {
 		"image is the one place that puts an image together; mounting it is its caller's business",
 	},
 	"planner":       {[]string{"ztoc"}, "a plan is a pure function of a job spec: it knows digests and ranges, and nothing that two hosts could see differently"},
+	"costmodel":     {nil, "arithmetic over numbers that others bring: planner and cmd ask it, it asks nobody"},
 	"agent/runtime": {nil, "running a command over a root is about namespaces, not about images"},
 	"peer":          {[]string{"ztoc"}, "the swarm carries bytes and asks through interfaces that it owns: it knows no plan, no store and no agent"},
 	"peer/peertest": {[]string{"peer", "ztoc"}, "a conformance suite knows the interface it is about and nothing more"},
 	"cmd/muster": {
 		[]string{
 			"agent/origin", "agent/store", "agent/fetch", "agent/image", "agent/runtime",
-			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "tests/registry", "tests/images",
+			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "costmodel", "tests/registry", "tests/images",
 		},
 		"the command puts packages together; the demo alone uses the test registry and the test images",
 	},
