@@ -11,19 +11,22 @@ import (
 // file by file. Two readers of the same stretch are one stream.
 type stream struct {
 	layer int
-	next  int64    // offset in the inflated layer behind what was read
+	from  int64    // offset in the inflated layer where it began
+	next  int64    // offset behind what was read
 	done  int64    // bytes read in order so far
 	row   tree.Row // the file read last
 	files int      // how many files it went through, as far as it matters: 1 or 2
 	ahead int64    // up to here spans are at hand or on their way
 	fetch int64    // up to here Blobs was told
 	used  uint64   // clock
+	bulk  *stretch // what the recorder was told to leave out; nil: nothing
 }
 
 const (
 	streamStart = 192 << 10 // bytes read in order until a reader counts as a stream: more than one request of the kernel
 	streamSlack = 256 << 10 // gap that a stream may jump: files that are in the page cache already, headers
-	streamBack  = 2 << 20   // and how far back it may come: the kernel's requests overtake each other
+	overtaken   = 4         // and how many requests of the size of this one: they overtake each other on their way
+	streamBack  = 2 << 20   // how far back it may come, for the same reason
 	fetchAhead  = 64 << 20  // inflated bytes that Blobs is told of ahead of a stream
 	fetchStep   = 4 << 20   // and not oftener than this
 )
@@ -34,7 +37,9 @@ func (c *cache) replayBudget() int64 { return c.limit * 3 / 8 }
 
 // follow looks at what is being read, and has what comes next loaded. left is how many bytes of the file there
 // are from the beginning of the read on; moved, whether the read reached something that nobody had read before.
-func (s *Server) follow(where []stretch, row tree.Row, left int64, moved bool) {
+//
+// The answer says whether this is a long read in order, which no program starts with.
+func (s *Server) follow(where []stretch, row tree.Row, left int64, moved bool) (long bool) {
 	for _, x := range where {
 		st := s.streamAt(x, row)
 		st.used = s.clock
@@ -48,7 +53,9 @@ func (s *Server) follow(where []stretch, row tree.Row, left int64, moved bool) {
 		}
 		if st.done > bulk {
 			s.capture.abandon()
+			st.bulk = s.recorder.leaveOut(st.bulk, st.layer, st.from, st.next)
 		}
+		long = long || st.done > longRead && st.files == 1
 		if st.done < streamStart {
 			if moved {
 				s.neighbour(x)
@@ -61,20 +68,22 @@ func (s *Server) follow(where []stretch, row tree.Row, left int64, moved bool) {
 		}
 		s.extend(st, limit)
 	}
+	return long
 }
 
 func (s *Server) streamAt(x stretch, row tree.Row) *stream {
+	slack, back := max(streamSlack, overtaken*x.n), max(streamBack, overtaken*x.n)
 	oldest := &s.streams[0]
 	for i := range s.streams {
 		st := &s.streams[i]
-		if st.done > 0 && st.layer == x.layer && x.off >= st.next-streamBack && x.off <= st.next+streamSlack {
+		if st.done > 0 && st.layer == x.layer && x.off >= st.next-back && x.off <= st.next+slack {
 			return st
 		}
 		if st.used < oldest.used {
 			oldest = st
 		}
 	}
-	*oldest = stream{layer: x.layer, next: x.off, row: row, files: 1, ahead: x.off, fetch: x.off}
+	*oldest = stream{layer: x.layer, from: x.off, next: x.off, row: row, files: 1, ahead: x.off, fetch: x.off}
 	return oldest
 }
 

@@ -41,32 +41,58 @@ func class(n int) int {
 
 func newPool(keep int) *pool { return &pool{keep: keep, free: map[int][][]byte{}} }
 
-// get is a buffer of n > 0 bytes with any content.
+// get is a buffer of n > 0 bytes with any content. Its capacity is class(n), or up to a quarter more.
 func (p *pool) get(n int) ([]byte, error) {
 	c := class(n)
-	p.mu.Lock()
-	p.out += c
 	if c < bufferGrain {
+		p.mu.Lock()
+		p.out += c
 		p.mu.Unlock()
 		return make([]byte, n, c), nil
 	}
-	if l := p.free[c]; len(l) > 0 {
-		b := l[len(l)-1]
-		p.free[c] = l[:len(l)-1]
-		p.held -= c
-		p.mu.Unlock()
-		return b[:n], nil
+	b := p.takeFree(c)
+	if b != nil && (len(b) < c || len(b) > c+c/4) {
+		other, err := unix.Mremap(b, c, unix.MREMAP_MAYMOVE)
+		if err != nil {
+			_ = unix.Munmap(b)
+		}
+		b = other
 	}
+	if b == nil {
+		var err error
+		if b, err = unix.Mmap(-1, 0, c, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS); err != nil {
+			return nil, fmt.Errorf("memory for %d bytes: %w", n, err)
+		}
+	}
+	p.mu.Lock()
+	p.out += len(b)
 	p.mu.Unlock()
-	b, err := unix.Mmap(-1, 0, c, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		p.mu.Lock()
-		p.out -= c
-		p.mu.Unlock()
-		return nil, fmt.Errorf("memory for %d bytes: %w", n, err)
-	}
 	return b[:n], nil
 }
+
+// takeFree is the free buffer whose capacity is the nearest to c, nil without. The spans of a layer differ in size, and new
+// memory costs a fault for each page, so one of another size is made to fit: that moves its pages and makes only the few
+// that it lacks.
+func (p *pool) takeFree(c int) []byte {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	best := 0
+	for k, l := range p.free {
+		if len(l) > 0 && (best == 0 || abs(k-c) < abs(best-c)) {
+			best = k
+		}
+	}
+	if best == 0 {
+		return nil
+	}
+	l := p.free[best]
+	b := l[len(l)-1]
+	p.free[best] = l[:len(l)-1]
+	p.held -= best
+	return b
+}
+
+func abs(n int) int { return max(n, -n) }
 
 // put gives back a buffer from get, which nobody may use any more.
 func (p *pool) put(b []byte) {

@@ -39,6 +39,7 @@ type unit struct {
 	fetching bool   // Blobs has been asked
 	poked    bool   // with the priority of demand, from the start or later
 	ahead    *int64 // budget it counts against until somebody reads it; nil: read, or asked for
+	spared   bool   // was not evicted once, because it had not been read
 	refs     int    // users of buf
 	read     int64  // bytes of it that readers got, some perhaps twice
 	buf      []byte
@@ -166,11 +167,21 @@ func (c *cache) link(u *unit) {
 }
 
 // makeRoom drops units that nobody uses, least recently used first, until need more bytes fit, and returns
-// their buffers. What is in use stays, even beyond the limit: it is bounded by what is being answered.
+// their buffers. What was loaded ahead and not read yet is passed over once: its reader is on the way, or has given up, and
+// then it must not hold its budget for ever. What is in use stays, even beyond the limit: it is bounded by what is being
+// answered.
 func (c *cache) makeRoom(need int64) (free [][]byte) {
 	for u := c.lru.prev; u != &c.lru && c.bytes+need > c.limit; {
 		prev := u.prev
-		if u.refs == 0 {
+		switch {
+		case u.refs > 0:
+		case u.ahead != nil && !u.spared && c.limit > 0:
+			u.spared = true
+			c.touch(u)
+			if prev == &c.lru { // all others have been looked at, so this one is next
+				prev = u
+			}
+		default:
 			free = append(free, c.evict(u))
 		}
 		u = prev

@@ -31,6 +31,7 @@ type piece struct {
 
 const (
 	capturePending = 64       // pieces between readers and the file; when the file is slower, pieces are left out
+	longRead       = 32 << 20 // bytes of one file read in order from which on the rest of it is not taken: inflating ahead of such a reader is enough
 	bulk           = 96 << 20 // bytes that one reader reads in order: no program starts like that
 )
 

@@ -113,6 +113,24 @@ func (p Profile) Merge(others ...Profile) Profile {
 	return Profile{Ranges: m.ranges}
 }
 
+// without is p with the pages of x cut out.
+func (p Profile) without(x stretch) (out Profile) {
+	lo, hi := x.off&^(profilePage-1), (x.off+x.n+profilePage-1)&^(profilePage-1)
+	for _, r := range p.Ranges {
+		if r.Layer != x.layer || r.End <= lo || r.Start >= hi {
+			out.Ranges = append(out.Ranges, r)
+			continue
+		}
+		if r.Start < lo {
+			out.Ranges = append(out.Ranges, ProfileRange{r.Layer, r.Start, lo})
+		}
+		if r.End > hi {
+			out.Ranges = append(out.Ranges, ProfileRange{r.Layer, hi, r.End})
+		}
+	}
+	return out
+}
+
 // coverage collects ranges in order, each byte once, within the bounds of a profile.
 type coverage struct {
 	ranges []ProfileRange

@@ -280,21 +280,29 @@ func TestWarmFile(t *testing.T) {
 	})
 }
 
-// Bulk reading is no start: no warm file is made of it, and what was begun is not kept.
+// Bulk reading is no start: no warm file is made of it, and what was begun is not kept. The profile has what was read
+// beside it.
 func TestNoWarmFileOfBulk(t *testing.T) {
 	zeros := make([]byte, 120<<20)
-	img := build(t, 4<<20, true, []member{file("bulk", zeros)})
+	img := build(t, 4<<20, true, []member{file("before", text(1, 64<<10))}, []member{file("bulk", zeros)})
 	var kept error
+	var got lazyfs.Profile
 	m := mount(t, img, "", func(c *lazyfs.Config) {
+		c.OnProfile = func(p lazyfs.Profile) { got = p }
 		c.KeepWarm = func(write func(io.Writer) error) error {
 			kept = write(io.Discard)
 			return kept
 		}
 	})
-	if got, err := os.ReadFile(m.path("bulk")); err != nil || !bytes.Equal(got, zeros) {
-		t.Errorf("%d bytes, %v", len(got), err)
+	for _, name := range []string{"before", "bulk"} {
+		if got, err := os.ReadFile(m.path(name)); err != nil || !bytes.Equal(got, img.files[name]) {
+			t.Errorf("%s: %d bytes, %v", name, len(got), err)
+		}
 	}
 	m.unmount(t)
+	if n := got.Bytes(); n < 4<<10 || n > 1<<20 {
+		t.Errorf("the profile has %d bytes: %v", n, got)
+	}
 	if kept == nil {
 		t.Error("a warm file of 120 MiB read in order was kept")
 	}

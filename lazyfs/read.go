@@ -31,6 +31,7 @@ type miss struct {
 	next  *miss   // of the same unit
 	keeps []*unit // at hand already, and referenced so that they stay
 	over  bool    // answered; guarded by Server.mu
+	long  bool    // of a long read in order
 
 	inner chan error // of one of our own waiters instead of a reader: gets the outcome, and a reference with nil
 }
@@ -68,19 +69,21 @@ func (s *Server) read(w *scratch, sl slot, in *fuse.ReadIn) (parked bool) {
 
 	s.mu.Lock()
 	on := s.pin(w)
-	s.follow(w.where, row, s.table.Size(row)-off, w.moved)
+	long := s.follow(w.where, row, s.table.Size(row)-off, w.moved)
 	s.start()
 	if on == nil {
 		s.mu.Unlock()
 		s.stats.hits.Add(1)
 		s.answer(w, in.Unique, n)
-		s.capture.take(w)
+		if !long {
+			s.capture.take(w)
+		}
 		s.unpin(w.pins)
 		s.recorder.done()
 		return false
 	}
 	s.unpinLocked(w.pins)
-	s.park(&miss{slot: sl, unique: in.Unique &^ resentUnique, pid: in.Pid, row: row, off: off, n: n}, on)
+	s.park(&miss{slot: sl, unique: in.Unique &^ resentUnique, pid: in.Pid, row: row, off: off, n: n, long: long}, on)
 	s.mu.Unlock()
 	s.stats.misses.Add(1)
 	return true
@@ -328,7 +331,9 @@ func (s *Server) resume(w *scratch, m *miss, err error) {
 	}
 	s.mu.Unlock()
 	s.answer(w, m.unique, m.n)
-	s.capture.take(w)
+	if !m.long {
+		s.capture.take(w)
+	}
 	s.unpin(w.pins)
 	s.finish(m)
 }

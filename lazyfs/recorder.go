@@ -8,6 +8,8 @@ import (
 	"time"
 )
 
+const maxBulk = 64 // readers in bulk that are told from a start
+
 // recorder notes what is read, in order, until the program has started.
 type recorder struct {
 	sizes []int64 // of the inflated layers
@@ -20,6 +22,7 @@ type recorder struct {
 
 	mu   sync.Mutex
 	seen coverage
+	bulk []*stretch // what was read in order for too long to belong to a start
 	once sync.Once
 }
 
@@ -44,6 +47,9 @@ func (r *recorder) note(where []stretch) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, x := range where {
+		if r.isBulk(x) {
+			continue
+		}
 		start := x.off &^ (profilePage - 1)
 		end := min((x.off+x.n+profilePage-1)&^(profilePage-1), r.sizes[x.layer])
 		if l, ok := r.seen.last(); ok && l.Layer == x.layer && start > l.End && start-l.End <= profileGap {
@@ -59,6 +65,43 @@ func (r *recorder) note(where []stretch) {
 func (r *recorder) done() {
 	r.pending.Add(-1)
 	r.last.Store(time.Now().UnixNano())
+}
+
+// leaveOut says that [from, end) of a layer belongs to a reader in bulk, and what comes behind it probably too. b is what
+// it returned for the same reader before.
+func (r *recorder) leaveOut(b *stretch, layer int, from, end int64) *stretch {
+	if r.stopped.Load() {
+		return b
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if b == nil {
+		b = &stretch{layer: layer, off: from}
+		if len(r.bulk) < maxBulk {
+			r.bulk = append(r.bulk, b)
+		}
+	}
+	b.n = end - from
+	return b
+}
+
+// isBulk says whether x goes on where a reader in bulk is. Called with mu held.
+func (r *recorder) isBulk(x stretch) bool {
+	for _, b := range r.bulk {
+		if x.layer == b.layer && x.off >= b.off && x.off <= b.off+b.n+streamBack {
+			return true
+		}
+	}
+	return false
+}
+
+// profile is what was recorded, without what was read in bulk. Called with mu held.
+func (r *recorder) profile() Profile {
+	p := Profile{Ranges: r.seen.ranges}
+	for _, b := range r.bulk {
+		p = p.without(*b)
+	}
+	return p
 }
 
 // silence is how long no read has come nor waited.
@@ -117,7 +160,7 @@ func (s *Server) deliverProfile() {
 	r.once.Do(func() {
 		r.stopped.Store(true)
 		r.mu.Lock()
-		p := Profile{Ranges: r.seen.ranges}
+		p := r.profile()
 		r.seen = coverage{}
 		r.mu.Unlock()
 		if len(p.Ranges) > 0 && s.cfg.OnProfile != nil {

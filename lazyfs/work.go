@@ -207,7 +207,7 @@ func (s *Server) load(u *unit) error {
 			u.buf = buf
 			return nil
 		}
-		s.unreserve(u, buf)
+		s.unreserve(buf)
 		if !errors.Is(err, ztoc.ErrMismatch) {
 			return fmt.Errorf("layer %s, span %d: %w", layer.Ref.Digest, u.id.index(), err)
 		}
@@ -238,7 +238,7 @@ func (s *Server) loadWarm(u *unit) error {
 		return err
 	}
 	if err := s.warm.read(buf, u.id.index()); err != nil {
-		s.unreserve(u, buf)
+		s.unreserve(buf)
 		s.stats.warmBad.Add(1)
 		if s.logged.first("warm") {
 			s.log.Warn("warm file is damaged, using spans where it is", "error", err)
@@ -297,15 +297,15 @@ func (s *Server) reserve(u *unit) ([]byte, error) {
 		s.inflated.put(b)
 	}
 	buf, err := s.inflated.get(int(u.size))
-	if err != nil {
-		s.unreserve(u, nil)
-	}
+	s.mu.Lock()
+	s.bytes += int64(cap(buf)) - size
+	s.mu.Unlock()
 	return buf, err
 }
 
-func (s *Server) unreserve(u *unit, buf []byte) {
+func (s *Server) unreserve(buf []byte) {
 	s.mu.Lock()
-	s.bytes -= int64(class(int(u.size)))
+	s.bytes -= int64(cap(buf))
 	s.mu.Unlock()
 	s.inflated.put(buf)
 }

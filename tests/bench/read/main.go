@@ -52,8 +52,10 @@ const (
 func main() {
 	rounds := flag.Int("rounds", 3, "rounds per row")
 	muster := flag.String("muster", "build/muster", "binary to measure")
+	only := flag.String("only", "", "the one step to measure: walks, big, tar or blocked; all when empty")
+	keep := flag.String("keep", "", "directory in which what is prepared stays for the next run; a temporary one when empty")
 	flag.Parse()
-	b := &bench{rounds: *rounds}
+	b := &bench{rounds: *rounds, only: *only, dir: *keep}
 	err := b.run(context.Background(), *muster)
 	b.close()
 	if err != nil {
@@ -64,6 +66,7 @@ func main() {
 
 type bench struct {
 	rounds   int
+	only     string
 	muster   string
 	dir      string // scratch
 	plain    string // unpacked tree
@@ -87,19 +90,30 @@ func (b *bench) run(ctx context.Context, muster string) (err error) {
 	if b.muster, err = filepath.Abs(muster); err != nil {
 		return err
 	}
-	if b.dir, err = os.MkdirTemp("/var/tmp", "muster-bench-"); err != nil {
-		return err
+	if b.dir == "" {
+		if b.dir, err = os.MkdirTemp("/var/tmp", "muster-bench-"); err != nil {
+			return err
+		}
+		b.closers = append(b.closers, func() { os.RemoveAll(b.dir) })
 	}
-	b.closers = append(b.closers, func() { os.RemoveAll(b.dir) })
 	if err := b.prepare(ctx); err != nil {
 		return err
 	}
-	for _, step := range []func() error{b.first, b.walks, b.big, b.tar, b.blocked} {
-		if err := step(); err != nil {
-			return err
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{{"", b.first}, {"walks", b.walks}, {"big", b.big}, {"tar", b.tar}, {"blocked", b.blocked}} {
+		if step.name == "" || b.only == "" || b.only == step.name {
+			if err := step.do(); err != nil {
+				return err
+			}
 		}
 	}
-	_, err = report.Write(os.Stdout, "read", b.rows)
+	name := "read"
+	if b.only != "" {
+		name += "-" + b.only
+	}
+	_, err = report.Write(os.Stdout, name, b.rows)
 	return err
 }
 
@@ -109,15 +123,27 @@ func (b *bench) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	layout := filepath.Join(b.dir, "layout")
-	if err := b.grow(base, layout); err != nil {
-		return err
+	layout, bundle := filepath.Join(b.dir, "layout"), filepath.Join(b.dir, "bundle")
+	done := filepath.Join(b.dir, "prepared") // exists when all of it does, and says how many bytes the layers inflate to
+	b.plain = filepath.Join(bundle, "rootfs")
+	if text, err := os.ReadFile(done); err == nil {
+		if b.inflated, err = strconv.ParseInt(string(text), 10, 64); err != nil {
+			return err
+		}
+	} else {
+		if err := os.MkdirAll(b.dir, 0o755); err != nil {
+			return err
+		}
+		if err := b.grow(base, layout); err != nil {
+			return err
+		}
+		if _, err := lab.Unpack(layout, bundle); err != nil {
+			return err
+		}
+		if err := os.WriteFile(done, []byte(strconv.FormatInt(b.inflated, 10)), 0o644); err != nil {
+			return err
+		}
 	}
-	bundle, err := lab.Unpack(layout, filepath.Join(b.dir, "bundle"))
-	if err != nil {
-		return err
-	}
-	b.plain = bundle.Root()
 	h, err := registry.NewHandler(filepath.Join(b.dir, "registry"), registry.Options{})
 	if err != nil {
 		return err
@@ -131,7 +157,7 @@ func (b *bench) prepare(ctx context.Context) error {
 		return err
 	}
 	b.mounted = filepath.Join(b.dir, "mnt")
-	return os.Mkdir(b.mounted, 0o755)
+	return os.MkdirAll(b.mounted, 0o755)
 }
 
 // grow writes base's image with one more layer to layout.
