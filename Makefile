@@ -8,7 +8,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 export CGO_ENABLED := 0
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-ztoc bench-inflate clean
+.PHONY: build demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-mount bench-ztoc bench-inflate clean
 
 build:
 	$(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/muster
@@ -35,7 +35,7 @@ e2e: setup build
 	$(GO) run ./tests/gate ./tests/e2e/...
 
 e2e-long: setup build
-	MUSTER_LONG=1 $(GO) run ./tests/gate -timeout 60m ./tests/e2e/... ./peer/...
+	MUSTER_LONG=1 $(GO) run ./tests/gate -timeout 60m ./tests/e2e/... ./lazyfs/mountd ./peer/...
 
 lint:
 	@out=$$($(GO) tool gofumpt -l .); if [ -n "$$out" ]; then echo "not formatted by gofumpt:"; echo "$$out"; exit 1; fi
@@ -58,9 +58,9 @@ fuzz:
 	MUSTER_STREAMS=1000000 $(GO) test -timeout 60m -run TestZlib ./ztoc/inflate
 
 # Each bench prints a table and writes build/bench/NAME.json.
-bench: bench-inflate bench-ztoc bench-read bench-start
+bench: bench-inflate bench-ztoc bench-read bench-mount bench-start
 
-bench-start bench-read bench-ztoc bench-inflate: bench-%: build
+bench-start bench-read bench-mount bench-ztoc bench-inflate: bench-%: build
 	tests/setup bench
 	$(GO) run ./tests/bench/$*
 

@@ -33,8 +33,8 @@ func startParent(exe, dir string, log *os.File, k *kit, m message) (*pipe, *os.P
 }
 
 // replaceParent is startParent that waits until the new one has taken over.
-func replaceParent(dir string, log *os.File, k *kit, m message, within time.Duration) (*pipe, error) {
-	conn, proc, err := startParent("", dir, log, k, m)
+func replaceParent(exe, dir string, log *os.File, k *kit, m message, within time.Duration) (*pipe, error) {
+	conn, proc, err := startParent(exe, dir, log, k, m)
 	if err != nil {
 		return nil, err
 	}
@@ -198,16 +198,11 @@ func (p *parent) beginUpgrade(a *asker) error {
 	case len(a.files) != 1:
 		return errors.New("no program came along")
 	}
-	fd := -1
-	c, err := a.files[0].SyscallConn()
-	if err == nil {
-		err = c.Control(func(x uintptr) { fd = int(x) })
-	}
+	exe, err := pathOf(a.files[0])
 	if err != nil {
 		return err
 	}
 	u := &upgrade{asker: a}
-	exe := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd)
 	u.pipe, u.proc, err = startParent(exe, p.start.Dir, os.Stderr, p.kit, message{Kind: kindAdopt, Standby: true, PID: p.server.proc.Pid})
 	if err != nil {
 		return err

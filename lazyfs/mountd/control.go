@@ -17,7 +17,7 @@ import (
 // device number of the mount, which no other mount of this kernel has. Root and the mount's own user may ask:
 //
 //	upgrade   with a descriptor of a program: answered by ready, or by refused and why
-//	keep      answered by kit, with the mount's descriptors but life
+//	keep      answered by kit, with the mount's descriptors but life, and its program
 //
 // Who asks sends one packet and gets one.
 
@@ -110,10 +110,18 @@ func peer(p *pipe) (uid uint32, err error) {
 func (p *parent) answer(a *asker) {
 	switch a.m.Kind {
 	case kindKeep:
+		exe, err := program()
+		if err != nil {
+			a.reply(message{Kind: kindRefused, Error: err.Error()})
+			return
+		}
+		k := *p.kit
+		k.exe = exe
 		m := message{Kind: kindKit}
 		var files []*os.File
-		m.Files, files = p.kit.pack(true)
+		m.Files, files = k.pack(true)
 		a.reply(m, files...)
+		exe.Close()
 	case kindUpgrade:
 		if err := p.beginUpgrade(a); err != nil {
 			a.reply(message{Kind: kindRefused, Error: err.Error()})
@@ -175,11 +183,10 @@ func Upgrade(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	fd, err := unix.Open("/proc/self/exe", unix.O_PATH|unix.O_CLOEXEC, 0)
+	exe, err := program()
 	if err != nil {
-		return os.NewSyscallError("open /proc/self/exe", err)
+		return err
 	}
-	exe := os.NewFile(uintptr(fd), "exe")
 	defer exe.Close()
 	got, files, err := request(ctx, dir, message{Kind: kindUpgrade}, exe)
 	closeAll(files)

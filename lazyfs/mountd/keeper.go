@@ -15,6 +15,8 @@ import (
 // A Keeper holds the descriptors of mounts, so that one whose processes are all killed at once goes on: it starts a
 // parent, which starts a server. It is for a process that lives as long as the host, such as the agent.
 //
+// It starts the program that the mount had when it was asked, which may be of another version than the keeper's.
+//
 // Keep asks a mount once. From then on the keeper sleeps until no process of the mount is left; the mount's processes know
 // nothing of it. When a keeper starts it should Keep what Mounts lists: so it may be restarted at any time.
 type Keeper struct {
@@ -50,6 +52,9 @@ func (k *Keeper) Keep(ctx context.Context, dir string) error {
 		return err
 	}
 	st, err := got.standing()
+	if err == nil && got.exe == nil {
+		err = errors.New("the mount did not say what its program is")
+	}
 	if err != nil {
 		got.Close()
 		return err
@@ -79,6 +84,12 @@ func (k *Keeper) Close() {
 	k.wg.Wait()
 }
 
+func (k *Keeper) closing() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.done
+}
+
 // watch revives the mount whenever its processes are gone and it is not.
 func (k *Keeper) watch(got *kit, st standing) {
 	defer func() {
@@ -89,16 +100,16 @@ func (k *Keeper) watch(got *kit, st standing) {
 	}()
 	for {
 		_, err := got.alive.Read(make([]byte, 1)) // nothing is written: it returns at the end
-		k.mu.Lock()
-		done := k.done
-		k.mu.Unlock()
-		if errors.Is(err, os.ErrClosed) || done {
+		if errors.Is(err, os.ErrClosed) || k.closing() {
 			return
 		}
 		if c, err := lazyfs.Mounted(st.Start.Dir); err != nil || c.Minor != st.Conn.Minor {
 			return // it has ended as it should
 		}
 		if err := k.revive(got, st); err != nil {
+			if done := k.closing(); done {
+				return
+			}
 			k.log.Error("ending a mount whose processes died", "dir", st.Start.Dir, "error", err)
 			_ = lazyfs.Abort(st.Start.Dir)
 			_ = release(st, got)
@@ -109,6 +120,10 @@ func (k *Keeper) watch(got *kit, st standing) {
 
 // revive starts a parent for the mount. Should it fail, it tries again as long as deaths in vain are allowed.
 func (k *Keeper) revive(got *kit, st standing) error {
+	exe, err := pathOf(got.exe)
+	if err != nil {
+		return err
+	}
 	for {
 		wait, err := got.mourn(roleServer, false)
 		if err != nil {
@@ -126,7 +141,7 @@ func (k *Keeper) revive(got *kit, st standing) error {
 		if err != nil {
 			return err
 		}
-		conn, err := replaceParent(st.Start.Dir, k.program, got, message{Kind: kindAdopt}, adoptWait)
+		conn, err := replaceParent(exe, st.Start.Dir, k.program, got, message{Kind: kindAdopt}, adoptWait)
 		_ = got.life.Close() // theirs alone
 		got.life = nil
 		if err == nil {

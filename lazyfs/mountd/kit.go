@@ -26,6 +26,9 @@ type kit struct {
 	// A pipe that nobody writes to. The mount's processes have both ends, keepers the one to read from: it ends when
 	// no process of the mount is left.
 	alive, life *os.File
+
+	// The program of the mount's processes when a keeper asked, for keepers only: they may be of another version.
+	exe *os.File
 }
 
 // A standing is what does not change in the life of a mount and is no descriptor. It may hold credentials (Request), and is
@@ -114,7 +117,7 @@ func (k *kit) standing() (s standing, err error) {
 	return s, nil
 }
 
-// pack is k to be sent: names and descriptors. Keepers do not get life.
+// pack is k to be sent: names and descriptors. Keepers get exe, the others life.
 func (k *kit) pack(keeper bool) (names []string, files []*os.File) {
 	add := func(name string, f *os.File) {
 		if f != nil {
@@ -126,7 +129,9 @@ func (k *kit) pack(keeper bool) (names []string, files []*os.File) {
 	add("state", k.state)
 	add("table", k.table)
 	add("alive", k.alive)
-	if !keeper {
+	if keeper {
+		add("exe", k.exe)
+	} else {
 		add("life", k.life)
 	}
 	return names, files
@@ -136,7 +141,7 @@ func (k *kit) pack(keeper bool) (names []string, files []*os.File) {
 func unpack(m message, files []*os.File) (*kit, error) {
 	k := &kit{}
 	at := map[string]**os.File{
-		"dev": &k.dev, "slots": &k.slots, "state": &k.state, "table": &k.table, "alive": &k.alive, "life": &k.life,
+		"dev": &k.dev, "slots": &k.slots, "state": &k.state, "table": &k.table, "alive": &k.alive, "life": &k.life, "exe": &k.exe,
 	}
 	for i, f := range files {
 		if i < len(m.Files) && at[m.Files[i]] != nil && *at[m.Files[i]] == nil {
@@ -155,6 +160,27 @@ func unpack(m message, files []*os.File) (*kit, error) {
 func (k *kit) Close() {
 	_, files := k.pack(false)
 	closeAll(files)
+	if k.exe != nil {
+		_ = k.exe.Close()
+	}
+}
+
+// program is this process's program as a descriptor, to be executed.
+func program() (*os.File, error) {
+	fd, err := unix.Open("/proc/self/exe", unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("open /proc/self/exe", err)
+	}
+	return os.NewFile(uintptr(fd), "exe"), nil
+}
+
+// pathOf is a path by which a child of this process can execute f.
+func pathOf(f *os.File) (path string, err error) {
+	c, err := f.SyscallConn()
+	if err == nil {
+		err = c.Control(func(fd uintptr) { path = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd) })
+	}
+	return path, err
 }
 
 // The book, behind the slots, is JSON, written by whoever replaces a process that died.

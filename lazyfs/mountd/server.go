@@ -276,7 +276,7 @@ func (p *serverProcess) another() (*pipe, error) {
 		}
 		time.Sleep(wait)
 		p.log.Warn("the parent died, starting another")
-		conn, err := replaceParent(p.start.Dir, os.Stderr, p.kit, message{Kind: kindAdopt, PID: os.Getpid()}, time.Until(give))
+		conn, err := replaceParent("", p.start.Dir, os.Stderr, p.kit, message{Kind: kindAdopt, PID: os.Getpid()}, time.Until(give))
 		if err != nil {
 			p.log.Error("start a parent", "error", err)
 			continue
