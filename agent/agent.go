@@ -59,9 +59,6 @@ type Options struct {
 	Requests int
 	// Patience is how long a stage goes on asking an origin that fails. Default 1 minute.
 	Patience time.Duration
-	// Late is how long a parent is let alone before it is compared with others. Too short and a host that was busy for a moment loses its place,
-	// too long and a slow one holds up its children for as long. Default 700 ms.
-	Late time.Duration
 	// Introduce is how long a host that is asked for an unknown plan waits for it. Default 500 ms.
 	Introduce time.Duration
 	// Absent is how long Stage waits for a host that cannot be reached. Default 30 s.
@@ -86,7 +83,6 @@ func (o Options) withDefaults() Options {
 		}
 	}
 	set(&o.Patience, time.Minute)
-	set(&o.Late, 700*time.Millisecond)
 	set(&o.Introduce, 500*time.Millisecond)
 	set(&o.Ask, 3*time.Second)
 	set(&o.Drain, 20*time.Second)

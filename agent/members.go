@@ -222,3 +222,14 @@ func (j *job) tellAll(n peer.Note) {
 		})
 	}
 }
+
+// SetGossipKeys changes the keys of a running agent: the first is for sending, all for receiving.
+func (a *Agent) SetGossipKeys(keys [][]byte) error {
+	a.mu.Lock()
+	g := a.gossip
+	a.mu.Unlock()
+	if g == nil {
+		return nil
+	}
+	return g.SetKeys(keys)
+}

@@ -39,7 +39,7 @@ func (s source) Blob(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io.ReadC
 	if !j.a.o.Seed(j.a.o.Name) {
 		return j.fromHosts(ctx, d, r, j.others())
 	}
-	if j.originGone.Load() { // it was asked in vain a moment ago: somebody may have it by now
+	if j.originGone.Load() || j.substitute(n, r) { // somebody else may have it by now
 		if body, err := j.fromHosts(ctx, d, r, j.others()); err == nil {
 			return body, nil
 		}
@@ -166,6 +166,11 @@ func (h *hostsReader) Read(p []byte) (int, error) {
 }
 
 func (h *hostsReader) Close() error { return nil }
+
+// substitute reports whether r is fetched here only because hosts of the plan were passed over.
+func (j *job) substitute(n int, r ztoc.Range) bool {
+	return j.plan.Root(j.plan.Tree(j.plan.PieceAt(n, r.Start))) != j.me
+}
 
 // others are the job's hosts but this one, and those that are passed over last.
 func (j *job) others() (hosts []peer.Host) {

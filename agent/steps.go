@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -29,8 +30,6 @@ type intake struct {
 	mu    sync.Mutex
 	feeds map[int]*feed        // by host, those that run
 	no    map[int]map[int]bool // tree → hosts that said they will not bring it
-	want  map[int]int64        // bytes asked of each source, originHost for the own runs
-	got   map[int]int64        // bytes that came of it
 }
 
 // A feed is the stream from one parent. Guarded by intake.mu but for what is said.
@@ -38,9 +37,11 @@ type feed struct {
 	in     *intake
 	host   int
 	trees  map[int]bool
-	more   []int // trees added since the stream looked
-	began  time.Time
-	stream *peer.Stream // nil until open
+	more   []int                   // trees added since the stream looked
+	stream *peer.Stream            // nil until open
+	give   context.CancelCauseFunc // ends the feed; the referee's
+	got    atomic.Int64            // bytes
+	paces  paces                   // used by the referee only
 
 	open       int  // wants that are not done; used by the feed's goroutine only
 	introduced bool // the parent was handed the plan; used by the feed's goroutine only
@@ -56,7 +57,7 @@ func (j *job) take(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	in := &intake{
 		j: j, group: g, ctx: ctx, cancel: cancel, pieces: make([][]planner.Piece, j.plan.Trees()),
-		feeds: map[int]*feed{}, no: map[int]map[int]bool{}, want: map[int]int64{}, got: map[int]int64{},
+		feeds: map[int]*feed{}, no: map[int]map[int]bool{},
 	}
 	for x := range planner.Piece(j.plan.Pieces()) {
 		t := j.plan.Tree(x)
@@ -69,6 +70,7 @@ func (j *job) take(ctx context.Context) error {
 		}
 	}
 	g.Go(in.watch)
+	g.Go(in.referee)
 	if err := g.Wait(); err != nil && !errors.Is(err, errAllHere) {
 		return err
 	}
@@ -91,18 +93,10 @@ func (in *intake) runs() error {
 // bring fetches a range through the chain: from the origin.
 func (in *intake) bring(ctx context.Context, blob int, r ztoc.Range) error {
 	j := in.j
-	in.add(in.want, originHost, r.Len())
 	if err := j.chain.Ensure(ctx, j.spec.Blobs[blob].BlobRef, r, ztoc.Prefetch); err != nil {
 		return fmt.Errorf("image %s: %w", j.spec.Image, err)
 	}
-	in.add(in.got, originHost, r.Len())
 	return nil
-}
-
-func (in *intake) add(m map[int]int64, host int, n int64) {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	m[host] += n
 }
 
 // missing is what is not here of a tree's pieces, by blob, merged.
@@ -156,7 +150,7 @@ func (in *intake) give(h, t int) {
 	defer in.mu.Unlock()
 	f := in.feeds[h]
 	if f == nil {
-		f = &feed{in: in, host: h, trees: map[int]bool{}, began: time.Now()}
+		f = &feed{in: in, host: h, trees: map[int]bool{}}
 		in.feeds[h] = f
 		in.group.Go(func() error { return f.run() })
 	}
@@ -209,7 +203,7 @@ func (f *feed) receive() error {
 	defer s.Close()
 	j.peerRequests.Add(1)
 	in.mu.Lock()
-	f.stream = s
+	f.stream, f.give = s, cancel
 	in.mu.Unlock()
 	for {
 		if err := f.ask(); err != nil {
@@ -237,9 +231,6 @@ func (f *feed) receive() error {
 				return err
 			}
 		}
-		if why := in.lagging(f.host); why != "" {
-			return fmt.Errorf("%w: %s", peer.ErrSlow, why)
-		}
 	}
 }
 
@@ -264,9 +255,6 @@ func (f *feed) ask() error {
 			if _, err := s.Want(j.spec.Blobs[b].Digest, ranges[:n]); err != nil {
 				return err
 			}
-			for _, r := range ranges[:n] {
-				in.add(in.want, f.host, r.Len())
-			}
 			f.open++
 			ranges = ranges[n:]
 		}
@@ -276,7 +264,7 @@ func (f *feed) ask() error {
 
 // bytes stores what came.
 func (f *feed) bytes(e peer.Event) error {
-	in, j := f.in, f.in.j
+	j := f.in.j
 	b := j.number(e.Digest)
 	if b < 0 {
 		return fmt.Errorf("%w: bytes of another blob", peer.ErrProtocol)
@@ -287,7 +275,7 @@ func (f *feed) bytes(e peer.Event) error {
 	j.brought(b, e.Range, f.host)
 	j.fromPeer.Add(e.Range.Len())
 	j.a.metrics.received.WithLabelValues("peer").Add(float64(e.Range.Len()))
-	in.add(in.got, f.host, e.Range.Len())
+	f.got.Add(e.Range.Len())
 	return nil
 }
 
@@ -302,7 +290,6 @@ func (f *feed) refused(blob int, ranges []ztoc.Range) {
 		for x := j.plan.PieceAt(blob, r.Start); x <= j.plan.PieceAt(blob, r.End-1); x++ {
 			trees[j.plan.Tree(x)] = true
 		}
-		in.add(in.want, f.host, -r.Len())
 	}
 	for t := range trees {
 		in.mu.Lock()
@@ -341,40 +328,6 @@ func (f *feed) introduce(why error) error {
 		f.more = append(f.more, t)
 	}
 	return nil
-}
-
-// Lateness: a source that has brought less than a third of the share that the median of the others has, when that is at least an
-// eighth, is passed over. Everything comes from one origin in one order, so shares grow alike, whatever the rate, until something is wrong.
-// Too strict, and hosts that are busy for a moment lose their place; too lax, and one slow host holds up its children.
-const (
-	lagFactor = 3
-	lagShare  = 0.125
-)
-
-// lagging says why a host's feed is too far behind, or nothing.
-func (in *intake) lagging(host int) string {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	f := in.feeds[host]
-	if f == nil || time.Since(f.began) < in.j.a.o.Late || in.want[host] <= 0 {
-		return ""
-	}
-	var others []float64
-	for h, want := range in.want {
-		if h != host && want > 0 {
-			others = append(others, float64(in.got[h])/float64(want))
-		}
-	}
-	if len(others) == 0 {
-		return ""
-	}
-	slices.Sort(others)
-	median := others[len(others)/2]
-	mine := float64(in.got[host]) / float64(in.want[host])
-	if median < lagShare || mine >= median/lagFactor {
-		return ""
-	}
-	return fmt.Sprintf("brought %.0f%% when the median of the others was %.0f%%", 100*mine, 100*median)
 }
 
 // watch ends the intake when all is here.

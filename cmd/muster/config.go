@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math"
 	"os"
+	"path"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -20,6 +21,7 @@ import (
 	"github.com/spf13/pflag"
 	"github.com/spf13/viper"
 
+	"github.com/muster-hpc/muster/agent/control"
 	"github.com/muster-hpc/muster/agent/store"
 )
 
@@ -77,6 +79,45 @@ type Config struct {
 		// Format is text or json; auto is text on a terminal and json elsewhere.
 		Format string `mapstructure:"format" help:"text, json or auto: json when not on a terminal"`
 	} `mapstructure:"log"`
+	Agent struct {
+		// Name is the scheduler's name of this node: what host lists say. It has to be the name in the certificate.
+		Name string `mapstructure:"name" help:"the scheduler's name of this node; default the name in its certificate"`
+		// Socket is where commands, hooks and mounts find the agent.
+		Socket string `mapstructure:"socket" help:"the agent's socket"`
+		// Mounts is the directory of mount points. On a tmpfs nothing of it is left after a reboot.
+		Mounts string `mapstructure:"mounts" help:"directory of the mount points of staged images"`
+		// Metrics is an address for Prometheus. It tells how much moves, not what.
+		Metrics string `mapstructure:"metrics" help:"address of /metrics and /healthz; empty: none"`
+		// Admins are user ids that may stage, and end stages, for others.
+		Admins []string `mapstructure:"admins" help:"user ids that may stage for others, besides root"`
+		// Registries limits where the daemon, which reaches more than users do, fetches from.
+		Registries []string `mapstructure:"registries" help:"registries that images may come from, as patterns; empty: all"`
+		// Drain is how long SIGTERM waits for stages. Too short and a restart of the agent fails jobs' starts.
+		Drain time.Duration `mapstructure:"drain" help:"how long stages may go on after SIGTERM"`
+		// Requests times the number of seeds is what a registry gets at once.
+		Requests int `mapstructure:"requests" help:"requests to a registry that one stage has under way on this host"`
+	} `mapstructure:"agent"`
+	Network struct {
+		// Control is where gossip goes; few bytes, but never late. The management network is fine.
+		Control string `mapstructure:"control" help:"where to gossip: an address, a network (CIDR) or an interface; default the one of the default route"`
+		// Data is where images move: the fast network. Nothing falls back to another.
+		Data []string `mapstructure:"data" help:"networks (CIDR) or interfaces on which images move; the first is listened on; default as control, no limit"`
+		// Port is the same on all hosts, so that a host list is enough to find them.
+		Port       int `mapstructure:"port" help:"port for other agents"`
+		GossipPort int `mapstructure:"gossip-port" help:"port for gossip"`
+	} `mapstructure:"network"`
+	Cluster struct {
+		// Keys is the directory that makes this host a member. Whoever has it is one.
+		Keys string `mapstructure:"keys" help:"directory of this host's certificate and keys"`
+		// Join needs a few hosts that are always there.
+		Join []string `mapstructure:"join" help:"whom to join: hosts, file:/path or dns:name"`
+		// Seeds says who may reach registries. Wrong, and stages wait for hosts that cannot.
+		Seeds []string `mapstructure:"seeds" help:"hosts that may reach the registries, as patterns; empty: all"`
+		// Hosts chooses between quick gossip and cheap gossip.
+		Hosts int `mapstructure:"hosts" help:"about how many hosts the cluster has; 0: as many as join names"`
+	} `mapstructure:"cluster"`
+	// Prestage is what a host fetches before it takes jobs.
+	Prestage []string `mapstructure:"prestage" help:"images that the agent fetches when it starts"`
 }
 
 // defaults is the configuration of a host without any file. Zeros leave the choice to the package that
@@ -85,6 +126,13 @@ func defaults() Config {
 	var c Config
 	c.Origin.CertsDir = "/etc/containerd/certs.d"
 	c.Index.Use = true
+	c.Agent.Socket = control.DefaultSocket
+	c.Agent.Mounts = "/run/muster/mounts"
+	c.Agent.Drain = 20 * time.Second
+	c.Agent.Requests = 4
+	c.Network.Port = 7464
+	c.Network.GossipPort = 7946
+	c.Cluster.Keys = "/etc/muster/keys"
 	c.Log.Level = "warn"
 	c.Log.Format = "auto"
 	return c
@@ -305,6 +353,22 @@ func (c *Config) check() error {
 	if !slices.Contains([]string{"auto", "text", "json"}, c.Log.Format) {
 		return usagef("log.format is %q: it must be auto, text or json", c.Log.Format)
 	}
+	if p, g := c.Network.Port, c.Network.GossipPort; p < 1 || p > 65535 || g < 1 || g > 65535 || p == g {
+		return usagef("network.port %d and network.gossip-port %d must be two ports", p, g)
+	}
+	for _, a := range c.Agent.Admins {
+		if _, err := strconv.ParseUint(a, 10, 32); err != nil {
+			return usagef("agent.admins has %q: it must be user ids", a)
+		}
+	}
+	for _, p := range slices.Concat(c.Agent.Registries, c.Cluster.Seeds) {
+		if _, err := path.Match(p, ""); err != nil {
+			return usagef("%q is not a pattern: %w", p, err)
+		}
+	}
+	if c.Agent.Drain < 0 || c.Agent.Requests < 1 || c.Cluster.Hosts < 0 {
+		return usagef("agent.drain, agent.requests and cluster.hosts must not be negative, requests not 0")
+	}
 	if c.Cores < 0 || c.Origin.Connections < 0 || c.Origin.Patience < 0 || c.Origin.ResolvePatience < 0 {
 		return usagef("cores, origin.connections and patience must not be negative")
 	}
@@ -356,7 +420,8 @@ func (a *app) openLog() error {
 	if err := level.UnmarshalText([]byte(a.cfg.Log.Level)); err != nil {
 		return usage(err)
 	}
-	o := &slog.HandlerOptions{Level: level}
+	a.level.Set(level)
+	o := &slog.HandlerOptions{Level: &a.level}
 	text := a.cfg.Log.Format == "text"
 	if a.cfg.Log.Format == "auto" {
 		text = isTerminal(a.err)

@@ -10,12 +10,15 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/muster-hpc/muster/agent/control"
 	"github.com/muster-hpc/muster/agent/fetch"
 	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/agent/runtime"
 	"github.com/muster-hpc/muster/agent/store"
+	"github.com/muster-hpc/muster/costmodel"
 	"github.com/muster-hpc/muster/lazyfs"
+	"github.com/muster-hpc/muster/peer"
 	"github.com/muster-hpc/muster/ztoc"
 )
 
@@ -100,6 +103,9 @@ var sentinels = []struct {
 	{store.ErrCorrupt, exitIntegrity},
 	{fetch.ErrWrong, exitIntegrity},
 	{origin.ErrUsage, exitUsage},
+	{costmodel.ErrEvents, exitUsage},
+	{costmodel.ErrModel, exitUsage},
+	{costmodel.ErrScenario, exitUsage},
 	{origin.ErrNotFound, exitNoImage},
 	{origin.ErrPlatform, exitNoImage},
 	{origin.ErrUnauthorized, exitUnauthorized},
@@ -117,6 +123,9 @@ var sentinels = []struct {
 	{image.ErrNotLazy, exitUnsupported},
 	{lazyfs.ErrNoFUSE, exitUnsupported},
 	{runtime.ErrUnsupported, exitUnsupported},
+	{control.ErrNoAgent, exitNoAgent},
+	{control.ErrRefused, exitUnauthorized},
+	{peer.ErrWrong, exitIntegrity},
 	{context.DeadlineExceeded, exitUnreachable},
 	{os.ErrDeadlineExceeded, exitUnreachable},
 }
@@ -129,6 +138,10 @@ func exitCode(err error) int {
 	var c *coded
 	if errors.As(err, &c) {
 		return c.code
+	}
+	var told *control.Error // the agent knows what failed
+	if errors.As(err, &told) {
+		return told.Code
 	}
 	return meaning(err)
 }

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/signal"
 	"sync/atomic"
@@ -99,8 +100,15 @@ Settings come from flags, MUSTER_… variables and /etc/muster/agent.yaml, in th
 		a.upgradeMountsCommand(),
 		a.ztocCommand(),
 		a.indexCommand(),
+		a.agentCommand(),
+		a.stageCommand(),
+		a.unstageCommand(),
+		a.prestageCommand(),
+		a.statusCommand(),
 		a.cacheCommand(),
 		a.preflightCommand(),
+		a.estimateCommand(),
+		a.similarityCommand(),
 		a.demoCommand(),
 		a.versionCommand(),
 		exitCodesTopic(),
@@ -129,5 +137,6 @@ type app struct {
 	cfg       Config
 	quiet     bool
 	json      bool
+	level     slog.LevelVar                    // of the log; set by openLog
 	signalsTo atomic.Pointer[chan<- os.Signal] // set while signals belong to the command that runs
 }

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -18,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/muster-hpc/muster/agent"
 	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/lazyfs"
@@ -193,6 +195,9 @@ const reportEvery = 200 * time.Millisecond
 // buildMount runs in the process of a mount: it opens the image that a request names, or opens it again
 // for the successor of a server that died.
 func buildMount(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
+	if agent.IsMount(r.Request) { // a staged image: what is not in the store the agent brings
+		return agent.BuildMount(ctx, r)
+	}
 	var q mountRequest
 	if err := json.Unmarshal(r.Request, &q); err != nil {
 		return nil, fmt.Errorf("request: %w", err)
@@ -247,8 +252,14 @@ func buildMount(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
 	}
 	// Opening took more memory than serving does; what it left goes back before the mount idles for days.
 	debug.FreeOSMemory()
+	serve := img.Config()
+	if n := q.Config.Cores; n > 0 {
+		// Requests that need no inflating must find a processor while others inflate.
+		serve.Inflaters = n
+		goruntime.GOMAXPROCS(n + 2)
+	}
 	return &mountd.Source{
-		Config: img.Config(), Mount: mountOptions(q.Image, q.SELinux), Table: img.TableFile(), State: state, Close: img.Close,
+		Config: serve, Mount: mountOptions(q.Image, q.SELinux), Table: img.TableFile(), State: state, Close: img.Close,
 		Serving: func(ctx context.Context, s *lazyfs.Server) { img.Guess(ctx, s) },
 	}, nil
 }
