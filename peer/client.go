@@ -67,6 +67,8 @@ type Client struct {
 	readers map[Host]*readers
 	idle    int // streams kept in readers
 
+	demand gate // held by Read: this host's own prefetch streams leave the processor and the link to it
+
 	counts clientCounts
 }
 
@@ -139,6 +141,7 @@ func (c *Client) Open(ctx context.Context, to Host, h Hello) (*Stream, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.prefetch = h.Priority == ztoc.Prefetch
 	if err := s.write(frame(header{kind: kindHello}, hello)); err != nil {
 		s.Close()
 		return nil, err
@@ -201,6 +204,8 @@ func (c *Client) Read(ctx context.Context, to Host, h Hello, d ztoc.Digest, p []
 		return err
 	}
 	prefix := frame(header{kind: kindHello}, hello)
+	c.demand.enter()
+	defer c.demand.leave()
 	for {
 		s, used, err := c.reader(ctx, to)
 		if err != nil {

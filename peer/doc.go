@@ -34,7 +34,7 @@
 //
 // Read is the same for one reader who waits: a connection of its own out of a few that are kept, ranges that the parent has now
 // or has not, nothing promised. While a server answers demand, its prefetch streams hold back between two frames, at most
-// HoldBack each time; so demand waits for one frame of each at most.
+// HoldBack each time, and so do those of a client that waits for demand; so demand waits for one frame of each at most.
 //
 // # Bounds
 //

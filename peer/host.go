@@ -67,9 +67,9 @@ type Asker struct {
 const (
 	// Beat is how often a parent that has nothing to send says that it lives.
 	Beat = 500 * time.Millisecond
-	// HoldBack is the longest that one frame of prefetch is held back for demand. Without a limit a stream of
-	// demand would starve the stage.
-	HoldBack = 50 * time.Millisecond
+	// HoldBack is the longest that one frame of prefetch is held back for demand, by the parent before it writes and by the
+	// child before it reads. Without a limit a stream of demand would starve the stage: so each prefetch stream still moves 6 MB/s.
+	HoldBack = 10 * time.Millisecond
 	// decide is how long a Source may think about a demand request before the answer is ErrNotHere.
 	decide = 40 * time.Millisecond
 	// opening is how long a Source may think about a Want with Prefetch priority (it may have to learn of the plan first).

@@ -25,7 +25,20 @@ type Network interface {
 // A session is a connection of which both ends know who is at the other.
 type session struct {
 	net.Conn
-	peer  string    // the name of the other end
-	proto string    // what it is for
-	until time.Time // when the other end's certificate expires; zero: never
+	peer  string     // the name of the other end
+	proto string     // what it is for
+	below *batchConn // what lies under TLS; nil in memory
+	until time.Time  // when the other end's certificate expires; zero: never
+}
+
+// writeFrame writes a frame at once.
+func (s *session) writeFrame(b []byte) error {
+	if s.below == nil {
+		_, err := s.Conn.Write(b)
+		return err
+	}
+	return s.below.whole(func() error {
+		_, err := s.Conn.Write(b)
+		return err
+	})
 }

@@ -479,7 +479,7 @@ func (p *parent) piece(ctx context.Context, it item) error {
 
 func (p *parent) write(b []byte) error {
 	p.conn.SetWriteDeadline(time.Now().Add(p.s.o.Accept))
-	_, err := p.conn.Write(b)
+	err := p.conn.writeFrame(b)
 	if err != nil && !errors.Is(err, ErrClosed) {
 		p.s.o.Log.Info("ranges", "to", p.conn.peer, "err", err)
 	}

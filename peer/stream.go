@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/muster-hpc/muster/ztoc"
@@ -50,7 +51,8 @@ type Stream struct {
 	buf    []byte // of Next; FrameSize
 	head   [headerSize]byte
 
-	rate meter // used by Next only
+	rate     meter // used by Next only
+	prefetch bool
 
 	writing sync.Mutex // held while a frame is written
 	mu      sync.Mutex
@@ -175,6 +177,9 @@ func (s *Stream) Next() (Event, error) {
 }
 
 func (s *Stream) next() (Event, error) {
+	if s.prefetch {
+		s.c.demand.wait(s.ctx)
+	}
 	h, err := s.header()
 	if err != nil {
 		return Event{}, err
@@ -265,11 +270,21 @@ type meter struct {
 	more  bool // the piece goes on with the next frame, so the time until then counts
 	bytes int64
 	time  time.Duration
+
+	allBytes, allTime atomic.Int64 // since the stream began
+}
+
+// Pace is how many bytes came of pieces that the parent had begun to send, and how long this end waited for them in all. What a parent waits
+// for itself is not in it: so it tells slow parents from those that have nothing yet. It may be called from any goroutine.
+func (s *Stream) Pace() (bytes int64, waited time.Duration) {
+	return s.rate.allBytes.Load(), time.Duration(s.rate.allTime.Load())
 }
 
 func (m *meter) slow(o ClientOptions, n int, took time.Duration) bool {
 	m.bytes += int64(n)
 	m.time += took
+	m.allBytes.Add(int64(n))
+	m.allTime.Add(int64(took))
 	if m.time < o.Window {
 		return false
 	}

@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -18,6 +19,9 @@ type TCPOptions struct {
 	// a dead one costs its children time. Default 3 s.
 	Dial time.Duration
 }
+
+// readBatch is how much of what a parent sends is read from the socket at once.
+const readBatch = 128 << 10
 
 type tcp struct {
 	id *Identity
@@ -58,7 +62,8 @@ func (t *tcp) allowed(addr string) error {
 }
 
 func (t *tcp) greet(ctx context.Context, conn net.Conn) (*session, error) {
-	return t.shake(ctx, tls.Server(conn, t.id.server()))
+	below := &batchConn{Conn: conn}
+	return t.shake(ctx, tls.Server(below, t.id.server()), below)
 }
 
 func (t *tcp) dial(ctx context.Context, to Host, proto string) (*session, error) {
@@ -72,19 +77,23 @@ func (t *tcp) dial(ctx context.Context, to Host, proto string) (*session, error)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", to, err)
 	}
-	s, err := t.shake(ctx, tls.Client(conn, t.id.client(to.Name, proto)))
+	below := &batchConn{Conn: conn}
+	if proto == protoRanges {
+		below.in = bufio.NewReaderSize(conn, readBatch)
+	}
+	s, err := t.shake(ctx, tls.Client(below, t.id.client(to.Name, proto)), below)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", to, err)
 	}
 	return s, nil
 }
 
-func (t *tcp) shake(ctx context.Context, conn *tls.Conn) (*session, error) {
+func (t *tcp) shake(ctx context.Context, conn *tls.Conn, below *batchConn) (*session, error) {
 	if err := conn.HandshakeContext(ctx); err != nil {
 		conn.NetConn().Close()
 		return nil, err
 	}
 	state := conn.ConnectionState()
 	leaf := state.PeerCertificates[0] // the handshake has checked that there is one
-	return &session{Conn: conn, peer: leaf.DNSNames[0], proto: state.NegotiatedProtocol, until: leaf.NotAfter}, nil
+	return &session{Conn: conn, below: below, peer: leaf.DNSNames[0], proto: state.NegotiatedProtocol, until: leaf.NotAfter}, nil
 }
