@@ -13,11 +13,12 @@ export CGO_ENABLED := 0
 build:
 	$(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/muster
 
-# A registry inside the program, a real image in it, a program run from it lazily, and a plain pull
-# and unpack of the same image beside it.
+# A registry inside the program, a real image in it, a program run from it lazily, a plain pull and unpack of the
+# same image beside it, and a cluster of four agents that pull it once. Building the image the first time takes a
+# minute or two.
 demo: build
 	tests/setup demo
-	$(BIN) demo
+	$(BIN) demo "$$($(GO) run ./tests/images/cmd/images debian-python)"
 
 setup:
 	tests/setup test

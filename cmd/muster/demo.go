@@ -18,7 +18,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/muster-hpc/muster/agent/origin"
-	"github.com/muster-hpc/muster/tests/images"
 	"github.com/muster-hpc/muster/tests/registry"
 	"github.com/muster-hpc/muster/ztoc"
 )
@@ -27,20 +26,19 @@ import (
 var demoProgram = []string{"python3", "-c", `import numpy; print("numpy", numpy.__version__, "says", int(numpy.arange(10).sum()))`}
 
 func (a *app) demoCommand() *cobra.Command {
-	image, link := "debian-python", int64(1000)
+	link := int64(1000)
 	c := &cobra.Command{
-		Use:   "demo",
-		Short: "show muster at work: a registry, a real image, and a program run from it lazily",
-		Long: `Starts a registry in this process, puts a Debian image with Python and numpy into it, and runs a
-program from it four ways: after a plain pull and unpack; with muster, knowing nothing of the
-image; with muster again; and with muster on a host that is new, with an index beside the image.
-Building the image the first time takes a minute or two and needs Debian's mirror.`,
-		Args: arguments(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.demo(cmd.Context(), image, link)
+		Use:   "demo LAYOUT",
+		Short: "show muster at work: a registry, a real image, a program run from it, a cluster",
+		Long: `Starts a registry in this process, puts the image of the OCI layout LAYOUT into it, which has to have Python and
+numpy, and runs a program from it: after a plain pull and unpack; with muster, knowing nothing of the image; with
+muster again; with muster on a host that is new, with an index beside the image; and on the four hosts of a small
+cluster, an agent each on loopback, that pull it once for all. Needs root. 'make demo' builds an image and calls this.`,
+		Args: arguments(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.demo(cmd.Context(), args[0], link)
 		},
 	}
-	c.Flags().StringVar(&image, "image", image, "test image to use, such as debian-scipy (270 MB)")
 	c.Flags().Int64Var(&link, "link", link, "speed of the registry's link in Mbit/s; 0: as fast as this machine")
 	return c
 }
@@ -69,11 +67,10 @@ func (r demoRow) bytes() (n int64) {
 	return n
 }
 
-func (a *app) demo(ctx context.Context, name string, link int64) (err error) {
+func (a *app) demo(ctx context.Context, layout string, link int64) (err error) {
 	say := func(format string, args ...any) { fmt.Fprintf(a.out, "\n"+format+"\n", args...) }
-	layout, err := images.Get(name)
-	if err != nil {
-		return err
+	if os.Geteuid() != 0 {
+		return &coded{exitUnsupported, errors.New("the demo unpacks an image and mounts: run it as root")}
 	}
 	d := &demonstration{app: a}
 	if d.dir, err = os.MkdirTemp("", "muster-demo-"); err != nil {
@@ -88,6 +85,7 @@ func (a *app) demo(ctx context.Context, name string, link int64) (err error) {
 		return err
 	}
 	defer d.proxy.Close()
+	name := filepath.Base(layout)
 	d.ref = d.proxy.Addr + "/" + name + ":demo"
 	if _, err := registry.Push(ctx, d.ref, layout, ""); err != nil {
 		return err
@@ -128,6 +126,11 @@ func (a *app) demo(ctx context.Context, name string, link int64) (err error) {
 	d.print(a.out)
 	say("What was fetched when, in MB, in way 4:")
 	printFetches(a.out, d.rows[3], img)
+
+	say("5. A cluster of %d hosts, an agent each: a job starts on all of them at once.", demoHosts)
+	if err := d.cluster(ctx, img); err != nil {
+		return err
+	}
 	fmt.Fprintln(a.out)
 	return nil
 }

@@ -51,9 +51,9 @@ var allowed = map[string]struct {
 	"cmd/muster": {
 		[]string{
 			"agent/origin", "agent/store", "agent/fetch", "agent/image", "agent/runtime",
-			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "costmodel", "tests/registry", "tests/images",
+			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "costmodel", "tests/registry",
 		},
-		"the command puts packages together; the demo alone uses the test registry and the test images",
+		"the command puts packages together; the demo alone uses the test registry",
 	},
 }
 
