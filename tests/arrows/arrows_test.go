@@ -51,6 +51,7 @@ var allowed = map[string]struct {
 	"cmd/muster": {
 		[]string{
 			"agent/origin", "agent/store", "agent/fetch", "agent/image", "agent/runtime",
+			"agent", "agent/control", "peer", "planner", "configs",
 			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "costmodel", "tests/registry",
 		},
 		"the command puts packages together; the demo alone uses the test registry",
