@@ -215,3 +215,37 @@ func TestQuiet(t *testing.T) {
 		t.Errorf("%d threads", threads)
 	}
 }
+
+// Sixty-four ranks read at once, each at its own places, and the server keeps within its memory.
+func TestMemoryUnderRanks(t *testing.T) {
+	dir, _ := picture(t, 96<<20, 0)
+	m, err := start(t, order{Dir: dir}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := `for my $i (0..63) { next if fork; srand $i; open my $f, "<", $ARGV[0] or die; for (1..60) { sysseek $f, int(rand(95 << 20)), 0; sysread($f, my $b, 100000) == 100000 or die } exit }
+my $bad = 0; while (wait != -1) { $bad ||= $? } exit($bad != 0)`
+	ranks := exec.Command("perl", "-e", script, m.Dir+"/data")
+	if err := ranks.Start(); err != nil {
+		t.Fatal("this test needs perl (package perl-base): ", err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- ranks.Wait() }()
+	most := 0
+	for running := true; running; {
+		select {
+		case err := <-ended:
+			running = false
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(20 * time.Millisecond):
+			most = max(most, private(t, m.Dir))
+		}
+	}
+	if most > 120<<20 {
+		t.Errorf("%d MiB while 64 ranks read", most>>20)
+	} else {
+		t.Logf("%d MiB while 64 ranks read", most>>20)
+	}
+}

@@ -9,10 +9,10 @@ import (
 
 // When processes die too often to go on.
 //
-// A death is in vain when nothing had been achieved since the one before: no request was answered (server), or the mount
-// was not taken over (parent). Five of these within thirty seconds are a crash loop. A process that is killed from outside
-// again and again while the mount answers in between is none, whoever does that; but a hundred within thirty seconds are
-// too many whatever they achieved: a request that kills its server comes back with each.
+// A server's death is in vain when no request was answered since the one before. Five of these within thirty seconds are a
+// crash loop. A server that is killed from outside again and again while the mount answers in between is in none, whoever does
+// that. The mount answers without a parent too: so what counts there is that none could be had for adoptWait. But a hundred
+// deaths within thirty seconds are too many in any case: a request that kills its server comes back with each.
 const (
 	maxDeaths    = 5
 	maxAllDeaths = 100
@@ -23,7 +23,7 @@ const (
 const (
 	roleServer = "server"
 	roleParent = "parent"
-	inVain     = " in vain" // behind a role: those that count against maxDeaths
+	inVain     = "server in vain" // those that count against maxDeaths
 )
 
 // bury notes a death of role at now and says whether it was one too many. wait is how long to wait before the next try:
@@ -39,9 +39,9 @@ func (b *book) bury(role string, vain bool, now time.Time) (wait time.Duration, 
 	}
 	n := note(role)
 	if vain {
-		v := note(role + inVain)
+		v := note(inVain)
 		if v >= maxDeaths {
-			return 0, fmt.Errorf("the mount's %s died %d times within %v without achieving anything", role, v, deathsWithin)
+			return 0, fmt.Errorf("the mount's %s died %d times within %v without having answered anything", role, v, deathsWithin)
 		}
 		// 0, 100, 200, 400 ms: what is short now (memory, processes) may be there then.
 		if v > 1 {
@@ -54,9 +54,10 @@ func (b *book) bury(role string, vain bool, now time.Time) (wait time.Duration, 
 	return wait, nil
 }
 
-// mourn is bury for the book of k. A server's death is in vain when no request was answered since the death before.
-func (k *kit) mourn(role string, vain bool) (time.Duration, error) {
+// mourn is bury for the book of k.
+func (k *kit) mourn(role string) (time.Duration, error) {
 	b := k.readBook()
+	vain := false
 	if role == roleServer {
 		answered, err := lazyfs.AnsweredIn(k.slots)
 		if err != nil {

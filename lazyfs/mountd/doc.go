@@ -38,7 +38,7 @@
 //	                       the device is gone: the kernel ends the connection at once, and a dead mount stays, which muster
 //	                       umount takes away.
 //	the keeper             Nobody needs it for anything else. The next one asks the mounts that there are.
-//	no parent to be had    The server tries for adoptWait (10 s), then unmounts and serves who is inside for Options.Linger.
+//	no parent to be had    The server tries for adoptWait (30 s), then unmounts and serves who is inside for Options.Linger.
 //	no server to be had    Five tries, about a second, then the mount is aborted.
 //	keeper in vain         The same.
 //

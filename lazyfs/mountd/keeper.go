@@ -125,7 +125,7 @@ func (k *Keeper) revive(got *kit, st standing) error {
 		return err
 	}
 	for {
-		wait, err := got.mourn(roleServer, false)
+		wait, err := got.mourn(roleServer)
 		if err != nil {
 			return err
 		}

@@ -25,7 +25,7 @@ const (
 	firstAnswer = 30 * time.Second // from mounting until the root directory answers
 	serverWait  = 3 * time.Second  // for a server to end by itself when the mount does
 	unmountWait = 20 * time.Second
-	adoptWait   = 10 * time.Second // for a new parent to take over
+	adoptWait   = 30 * time.Second // for a new parent to take over
 	upgradeWait = time.Minute      // for the processes of a new program to get ready
 )
 
@@ -391,7 +391,7 @@ func (p *parent) serverDied(cause error) error {
 	if p.client != nil {
 		return fmt.Errorf("the server died before the mount was ready: %w", cause)
 	}
-	wait, err := p.kit.mourn(roleServer, false)
+	wait, err := p.kit.mourn(roleServer)
 	if err != nil {
 		return fmt.Errorf("%w, last: %w", err, cause)
 	}

@@ -410,7 +410,7 @@ func TestTooManyDeaths(t *testing.T) {
 		t.Error("a reader hangs")
 	}
 	gone(t, m.Dir, soon)
-	if b, err := os.ReadFile(log); err != nil || !strings.Contains(string(b), "died 5 times within 30s without achieving anything") {
+	if b, err := os.ReadFile(log); err != nil || !strings.Contains(string(b), "died 5 times within 30s without having answered anything") {
 		t.Errorf("log: %s", b)
 	}
 }

@@ -178,6 +178,9 @@ func (p *serverProcess) run(ctx context.Context, build Builder, r Request, code 
 	}
 	_ = p.say(message{Kind: kindServing})
 	if src.Serving != nil && !p.start.Again {
+	if cfg.Inflaters == 0 {
+		cfg.Inflaters = inflaters()
+	}
 		done := make(chan struct{})
 		serving, stop := context.WithCancel(ctx)
 		go func() { defer close(done); src.Serving(serving, s) }()
@@ -263,28 +266,27 @@ func (p *serverProcess) listen() {
 	}
 }
 
-// another starts a parent in place of one that died, and returns when it has taken over.
+// another starts a parent in place of one that died, and returns when it has taken over. The mount answers meanwhile.
 func (p *serverProcess) another() (*pipe, error) {
-	give := time.Now().Add(adoptWait)
-	for vain := false; ; vain = true {
-		wait, err := p.kit.mourn(roleParent, vain)
-		if err != nil {
+	give, wait := time.Now().Add(adoptWait), 100*time.Millisecond
+	for {
+		if _, err := p.kit.mourn(roleParent); err != nil {
 			return nil, err
 		}
-		if time.Now().Add(wait).After(give) {
-			return nil, fmt.Errorf("no new one for %v", adoptWait)
-		}
-		time.Sleep(wait)
 		p.log.Warn("the parent died, starting another")
 		conn, err := replaceParent("", p.start.Dir, os.Stderr, p.kit, message{Kind: kindAdopt, PID: os.Getpid()}, time.Until(give))
-		if err != nil {
-			p.log.Error("start a parent", "error", err)
-			continue
+		if err == nil {
+			p.mu.Lock()
+			p.parent = conn
+			p.mu.Unlock()
+			return conn, nil
 		}
-		p.mu.Lock()
-		p.parent = conn
-		p.mu.Unlock()
-		return conn, nil
+		p.log.Error("start a parent", "error", err)
+		if time.Now().Add(wait).After(give) {
+			return nil, fmt.Errorf("no new one for %v, last: %w", adoptWait, err)
+		}
+		time.Sleep(wait)
+		wait = min(2*wait, 2*time.Second)
 	}
 }
 

@@ -85,12 +85,12 @@ func (b *bench) beside() error {
 				return fmt.Errorf("%s: %w", v.name, err)
 			}
 			time.Sleep(time.Second)
-			before := busy()
+			before := b.busy()
 			units, err := runLoop(iterations)
 			if err != nil {
 				return err
 			}
-			v.cpu += busy() - before
+			v.cpu += b.busy() - before
 			at[v] = units
 			v.units = append(v.units, units...)
 			if err := end(); err != nil {
@@ -180,15 +180,15 @@ func used(dir string) (n float64) {
 	return n
 }
 
-// busy is the processor time that all processes of mounts have used, seconds.
-func busy() (seconds float64) {
+// busy is the processor time that the processes of this bench's mounts have used, seconds.
+func (b *bench) busy() (seconds float64) {
 	all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, name := range all {
-		if b, _ := os.ReadFile(name); !bytes.HasPrefix(b, []byte("muster-mountd\x00")) {
+		if line, _ := os.ReadFile(name); !bytes.HasPrefix(line, []byte("muster-mountd\x00")) || !bytes.Contains(line, []byte(b.dir)) {
 			continue
 		}
-		b, _ := os.ReadFile(filepath.Dir(name) + "/stat")
-		_, after, _ := strings.Cut(string(b), ") ")
+		stat, _ := os.ReadFile(filepath.Dir(name) + "/stat")
+		_, after, _ := strings.Cut(string(stat), ") ")
 		f := strings.Fields(after)
 		if len(f) < 13 {
 			continue
