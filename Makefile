@@ -8,7 +8,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 export CGO_ENABLED := 0
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-mount bench-ztoc bench-inflate clean
+.PHONY: build demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-mount bench-ztoc bench-inflate sim-trees clean
 
 build:
 	$(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/muster
@@ -64,6 +64,10 @@ bench: bench-inflate bench-ztoc bench-read bench-mount bench-start
 bench-start bench-read bench-mount bench-ztoc bench-inflate: bench-%: build
 	tests/setup bench
 	$(GO) run ./tests/bench/$*
+
+# The tables of docs/trees.md, which the numbers of package planner come from.
+sim-trees:
+	$(GO) run ./planner/sim/trees -w docs/trees.md
 
 clean:
 	rm -rf build
