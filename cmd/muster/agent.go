@@ -191,6 +191,8 @@ func gossipSeeds(join []string) (peer.Seeds, error) {
 			all = append(all, peer.SeedFile(f))
 		} else if n, ok := strings.CutPrefix(j, "dns:"); ok {
 			all = append(all, peer.SeedDNS(n))
+		} else if strings.Contains(j, ":") { // an address, which no host list has
+			hosts = append(hosts, j)
 		} else {
 			more, err := expandHosts(j)
 			if err != nil {

@@ -102,6 +102,7 @@ Settings come from flags, MUSTER_… variables and /etc/muster/agent.yaml, in th
 		a.indexCommand(),
 		a.agentCommand(),
 		a.stageCommand(),
+		a.planCommand(),
 		a.unstageCommand(),
 		a.prestageCommand(),
 		a.statusCommand(),

@@ -35,8 +35,11 @@ var allowed = map[string]struct {
 		[]string{"agent/origin", "agent/store", "agent/fetch", "lazyfs", "lazyfs/tree", "ztoc"},
 		"image is the one place that puts an image together; mounting it is its caller's business",
 	},
-	"planner":   {[]string{"ztoc"}, "a plan is a pure function of a job spec: it knows digests and ranges, and nothing that two hosts could see differently"},
-	"costmodel": {nil, "arithmetic over numbers that others bring: planner and cmd ask it, it asks nobody"},
+	"planner":           {[]string{"ztoc"}, "a plan is a pure function of a job spec: it knows digests and ranges, and nothing that two hosts could see differently"},
+	"planner/sim":       {[]string{"planner", "costmodel", "ztoc"}, "simulated clusters run real plans and are held against the formulas; nothing in them moves"},
+	"planner/sim/trees": {[]string{"planner/sim"}, "prints the tables of docs/trees.md"},
+	"jobhooks/hostlist": {nil, "a list of hosts is text: who reads one needs nothing else"},
+	"costmodel":         {nil, "arithmetic over numbers that others bring: planner and cmd ask it, it asks nobody"},
 	"agent": {
 		[]string{
 			"agent/control", "agent/fetch", "agent/image", "agent/origin", "agent/store", "peer", "planner",
@@ -51,7 +54,7 @@ var allowed = map[string]struct {
 	"cmd/muster": {
 		[]string{
 			"agent/origin", "agent/store", "agent/fetch", "agent/image", "agent/runtime",
-			"agent", "agent/control", "peer", "planner", "configs",
+			"agent", "agent/control", "peer", "planner", "jobhooks/hostlist", "configs",
 			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "costmodel", "tests/registry",
 		},
 		"the command puts packages together; the demo alone uses the test registry",
