@@ -1,11 +1,11 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"time"
 
@@ -13,6 +13,7 @@ import (
 	"github.com/muster-hpc/muster/agent/fetch"
 	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/agent/store"
 	"github.com/muster-hpc/muster/peer"
 	"github.com/muster-hpc/muster/planner"
 	"github.com/muster-hpc/muster/ztoc"
@@ -92,57 +93,54 @@ func (a *Agent) resolve(ctx context.Context, o order) (*planner.JobSpec, map[zto
 		return nil, nil, err
 	}
 	found, err := image.Survey(ctx, image.Options{
-		Repo: repo, Store: a.o.Store, Platform: o.Platform, NoIndex: a.o.NoIndex, Log: a.log,
+		Repo: repo, Store: a.o.Store, Platform: o.Platform, NoIndex: a.o.NoIndex, AskAlways: true, Log: a.log,
 	})
+	if err == nil {
+		err = a.mayHave(o, found)
+	}
 	if err != nil {
 		return nil, nil, err
 	}
 	spec := &planner.JobSpec{
 		Planner: planner.Version, Job: o.id(), Image: found.Image.Ref.WithDigest(found.Image.Digest).String(), Manifest: found.Image.Digest,
 	}
-	content := map[ztoc.Digest][]byte{}
-	add := func(k planner.Kind, b []byte) ztoc.Digest {
-		d := ztoc.DigestOf(b)
-		if content[d] == nil && len(b) > 0 {
-			content[d] = b
-			spec.Blobs = append(spec.Blobs, planner.Blob{BlobRef: ztoc.BlobRef{Digest: d, Size: int64(len(b))}, Kind: k})
-		}
-		return d
-	}
-	resolved, err := image.EncodeImage(found.Image)
-	if err != nil {
+	var content map[ztoc.Digest][]byte
+	if spec.Blobs, content, err = Blobs(found); err != nil {
 		return nil, nil, err
 	}
-	add(planner.Meta, resolved)
-	if len(found.Profile) > 0 {
-		add(planner.Meta, found.Profile)
-	}
-	var layers []planner.Blob
-	for i, l := range found.Image.Layers {
-		b := planner.Blob{BlobRef: l.Ref(), Kind: planner.Layer}
-		if slices.ContainsFunc(layers, func(o planner.Blob) bool { return o.Digest == b.Digest }) {
-			continue
-		}
-		if t := found.Tables[i]; t != nil {
-			b.Ztoc = add(planner.Table, t)
-		}
-		layers = append(layers, b)
-	}
-	// What still has to be inflated comes first, and of that the largest: it decides when all can be mounted.
-	slices.SortStableFunc(layers, func(x, y planner.Blob) int {
-		if (x.Ztoc == "") != (y.Ztoc == "") {
-			return cmp.Compare(len(x.Ztoc), len(y.Ztoc))
-		}
-		if x.Ztoc != "" {
-			return 0
-		}
-		return cmp.Compare(y.Size, x.Size)
-	})
-	spec.Blobs = append(spec.Blobs, layers...)
 	for _, h := range o.Hosts {
 		spec.Hosts = append(spec.Hosts, planner.Host{Name: h.Name, Addr: h.Addr, Seed: a.o.Seed(h.Name), Group: a.o.Group(h.Name)})
 	}
 	return spec, content, spec.Validate()
+}
+
+// mayHave is the verdict on a user and an image. The origin has given it when it answered; what it said is kept, so that it counts when the
+// origin cannot be asked.
+func (a *Agent) mayHave(o order, found *image.Surveyed) error {
+	verdict := func(who string) string {
+		return store.Key("may have " + found.Image.Ref.WithDigest(found.Image.Digest).String() + " " + who)
+	}
+	user, anybody := verdict("uid "+itoa(o.UID)), verdict("anybody")
+	if !found.Offline {
+		key := user
+		if len(o.Secret) == 0 {
+			key = anybody
+		}
+		if err := a.o.Store.Put(store.KindRef, key, func(w io.Writer) error { _, err := io.WriteString(w, "yes"); return err }); err != nil {
+			a.log.Debug("a verdict is not kept", "cause", err)
+		}
+		return nil
+	}
+	for _, key := range []string{anybody, user} {
+		if f, err := a.o.Store.Get(store.KindRef, key); err == nil {
+			return f.Close()
+		}
+	}
+	if o.UID == 0 {
+		return nil
+	}
+	a.audit("refused", "job", o.Job, "image", o.Image, "uid", o.UID, "cause", "the origin cannot be asked")
+	return fmt.Errorf("image %s: %w: the origin cannot be asked whether uid %d may have it", o.Image, origin.ErrUnreachable, o.UID)
 }
 
 // resolvers are the hosts that may resolve: those that may reach the origin, or all when nobody is known to.

@@ -25,6 +25,10 @@ func (j *job) heal(ctx context.Context, n int, cause error) error {
 	}
 	j.healing.Lock()
 	defer j.healing.Unlock()
+	// Two may have found the same: the one that inflates and the one that hashes.
+	if sum, err := hashed(h.inOrder(ctx)); err != nil || sum == b.Digest {
+		return err
+	}
 	bad, err := j.wrongPieces(ctx, n)
 	if err != nil {
 		return err

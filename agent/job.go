@@ -66,6 +66,9 @@ type job struct {
 	blobs   []*held // by number in the spec
 	failed  error   // freezing failed
 
+	started chan struct{}                // closed when start is set
+	start   map[ztoc.Digest][]ztoc.Range // what the program touches first; nil: nothing is known
+
 	tables sync.Map // ztoc.Digest of a layer → *tableState
 
 	originGone atomic.Bool // the origin was asked in vain, and has given nothing since
@@ -99,7 +102,7 @@ const originHost = -1
 
 func (a *Agent) newJob(id string, o order) *job {
 	j := &job{
-		a: a, order: o, id: id, began: time.Now(), ordered: make(chan struct{}), offered: make(chan []byte, 1),
+		a: a, order: o, id: id, began: time.Now(), ordered: make(chan struct{}), offered: make(chan []byte, 1), started: make(chan struct{}),
 		over: make(chan struct{}), frozen: make(chan struct{}), changed: make(chan struct{}),
 		late: map[int]string{}, from: map[planner.Piece]int{},
 		state: control.HostState{Host: a.o.Name, Phase: control.PhaseWaiting},

@@ -11,6 +11,7 @@ import (
 	"github.com/muster-hpc/muster/agent/control"
 	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/planner"
 )
 
 // stage is the whole flow on one host: a plan, its pieces, the tables, the mount, the proof.
@@ -32,7 +33,11 @@ func (j *job) stage(ctx context.Context) error {
 		if err := j.index(ctx, img); err != nil {
 			return err
 		}
-		return j.present(ctx, img)
+		j.findStart(ctx, img)
+		if err := j.present(ctx, img); err != nil {
+			return err
+		}
+		return j.warm(ctx)
 	})
 	g.Go(func() error { return j.check(ctx) }) // each layer's digest
 	if err := g.Wait(); err != nil {
@@ -135,6 +140,45 @@ func (j *job) meta(ctx context.Context) (origin.Image, error) {
 	}
 	image.Keep(j.a.o.Store, img, j.asked().Platform)
 	return img, nil
+}
+
+// findStart finds out what the program will touch first, and lets the roots fetch that first.
+func (j *job) findStart(ctx context.Context, img origin.Image) {
+	defer close(j.started)
+	for i, b := range j.spec.Blobs {
+		if b.Kind != planner.Meta || i == 0 {
+			continue
+		}
+		h := j.blobs[i]
+		if h.wait(ctx, h.whole()) != nil {
+			return
+		}
+		profile, err := h.read()
+		if err == nil {
+			err = image.KeepProfile(j.a.o.Store, img, profile)
+		}
+		if err != nil {
+			j.a.log.Info("a start-up profile is not used", "job", j.id, "cause", err)
+		}
+	}
+	j.start, _ = image.StartRanges(j.a.o.Store, img)
+}
+
+// warm waits for what the program will touch first. Where nothing is known of that, only all of the image is warm.
+func (j *job) warm(ctx context.Context) error {
+	if j.start == nil {
+		return nil
+	}
+	for d, ranges := range j.start {
+		h := j.blobs[j.number(d)]
+		for _, r := range ranges {
+			if err := h.wait(ctx, r); err != nil {
+				return err
+			}
+		}
+	}
+	j.reached(control.Warm)
+	return nil
 }
 
 // present mounts the image, unless only its bytes are wanted.

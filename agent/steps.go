@@ -80,11 +80,58 @@ func (j *job) take(ctx context.Context) error {
 // errAllHere ends what still waits when every piece has come, some of them another way.
 var errAllHere = errors.New("everything is here")
 
-// runs fetches what this host is the root of, in long requests.
+// runs fetches what this host is the root of, in long requests: tables first, then what the program touches first, where that is known, then
+// the rest in order.
 func (in *intake) runs() error {
+	j := in.j
+	runs := j.plan.Runs(j.me)
+	layers := slices.IndexFunc(runs, func(r planner.Run) bool { return j.spec.Blobs[r.Blob].Kind == planner.Layer })
+	if layers < 0 {
+		layers = len(runs)
+	}
+	if err := in.bringAll(runs[:layers]); err != nil {
+		return err
+	}
+	return in.bringAll(append(in.first(runs[layers:]), runs[layers:]...))
+}
+
+// first are the parts of the runs that the program touches first.
+func (in *intake) first(runs []planner.Run) (first []planner.Run) {
+	j := in.j
+	if len(runs) == 0 || slices.ContainsFunc(j.spec.Blobs, func(b planner.Blob) bool { return b.Kind == planner.Layer && b.Ztoc == "" }) {
+		return nil // a first pull: everything is wanted from the beginning to the end
+	}
+	late := time.NewTimer(startWait)
+	defer late.Stop()
+	select {
+	case <-j.started:
+	case <-late.C:
+		return nil
+	case <-in.ctx.Done():
+		return nil
+	}
+	for _, run := range runs {
+		for _, r := range j.start[j.spec.Blobs[run.Blob].Digest] {
+			// Whole pieces: only those are passed on.
+			size := j.plan.PieceSize()
+			r = run.Range.Intersect(ztoc.Range{Start: r.Start / size * size, End: (r.End + size - 1) / size * size})
+			if n := len(first); !r.Empty() && n > 0 && first[n-1].Blob == run.Blob && first[n-1].Range.End >= r.Start {
+				first[n-1].Range.End = max(first[n-1].Range.End, r.End)
+			} else if !r.Empty() {
+				first = append(first, planner.Run{Blob: run.Blob, Range: r})
+			}
+		}
+	}
+	return first
+}
+
+// startWait is how long a root waits to learn what is wanted first: the tables are under way.
+const startWait = 2 * time.Second
+
+func (in *intake) bringAll(runs []planner.Run) error {
 	g, ctx := errgroup.WithContext(in.ctx)
 	g.SetLimit(runsAtOnce)
-	for _, r := range in.j.plan.Runs(in.j.me) {
+	for _, r := range runs {
 		g.Go(func() error { return in.bring(ctx, r.Blob, r.Range) })
 	}
 	return g.Wait()

@@ -225,8 +225,6 @@ func (w *world) stage(at *node, n int, change func(*control.StageRequest)) *cont
 // verify looks whether a node has every layer, byte by byte.
 func (w *world) verify(n *node) {
 	w.t.Helper()
-	images, err := n.store.Images()
-	_ = images
 	ref, err := name.ParseReference(w.image, name.Insecure)
 	if err != nil {
 		w.t.Fatal(err)

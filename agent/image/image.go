@@ -44,6 +44,8 @@ type Options struct {
 	Progress *Progress         // may be nil
 	Requests int               // to the origin at once; 0: the chain's default
 	OnFetch  func(fetch.Event) // told of each request to the origin; may be nil
+	// AskAlways asks the origin also where the store knows what a digest names: only the origin can say whether its credentials may have it.
+	AskAlways bool
 	// Unclaimed leaves it to Repo to keep the processes of this host from fetching the same twice: it is the agent, which claims what it
 	// fetches itself.
 	Unclaimed bool
@@ -165,7 +167,7 @@ type unclaimed struct{ fetch.Blob }
 // resolve fills o.img from the origin, or from what was kept when the origin cannot be reached.
 func (o *opener) resolve(ctx context.Context) (offline bool, err error) {
 	ref := o.Repo.Reference()
-	if ref.Digest != "" {
+	if ref.Digest != "" && !o.AskAlways {
 		// A digest never means anything else, so what is kept needs no asking.
 		if o.img, err = o.keptImage(ref); err == nil {
 			return false, nil
@@ -342,6 +344,7 @@ func (im *Image) configure(views []*view) {
 			return err
 		},
 	}
+	im.config.Backing = newBacking(im.o.Store, views)
 	for _, v := range views {
 		im.config.Layers = append(im.config.Layers, lazyfs.Layer{Ref: v.blob(), Ztoc: v.ztoc})
 	}

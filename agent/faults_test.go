@@ -1,0 +1,158 @@
+package agent_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/muster-hpc/muster/agent"
+	"github.com/muster-hpc/muster/agent/control"
+	"github.com/muster-hpc/muster/tests/registry"
+)
+
+// A host whose disk has rotted passes wrong bytes on. Everybody ends with right ones, and little leaves the origin again.
+func TestLyingHost(t *testing.T) {
+	w := newWorld(t, 10<<20, 4<<20)
+	nodes := w.swarm(4, nil)
+	if _, err := nodes[1].client.Stage(t.Context(), control.StageRequest{Image: w.image, Hosts: []string{"n1=n1:1"}, Ready: control.Complete, UID: -1, NoMount: true}, nil); err != nil {
+		t.Fatal(err)
+	}
+	blobs, err := filepath.Glob(filepath.Join(nodes[1].store.Dir(), "blobs", "*"))
+	if err != nil || len(blobs) == 0 {
+		t.Fatal("no blobs", err)
+	}
+	rotten := 0
+	for _, b := range blobs {
+		f, err := os.OpenFile(b, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st, _ := f.Stat(); st.Size() > 2<<20 {
+			if _, err := f.WriteAt(bytes.Repeat([]byte("rot"), 100), 1<<20+12345); err != nil {
+				t.Fatal(err)
+			}
+			rotten++
+		}
+		f.Close()
+	}
+	if rotten == 0 {
+		t.Fatal("nothing has rotted")
+	}
+	w.proxy.ResetLog()
+	r := w.stage(nodes[0], 4, func(q *control.StageRequest) { q.Job = "second" })
+	if r.Failed > 0 {
+		t.Errorf("%d hosts failed", r.Failed)
+	}
+	for _, n := range nodes {
+		w.verify(n)
+	}
+	w.originBytes(2.5)
+}
+
+// A host that dies in the middle costs the others little.
+func TestHostDiesInTheMiddle(t *testing.T) {
+	w := newWorld(t, 12<<20, 4<<20)
+	w.proxy.SetRate(6 << 20)
+	nodes := w.swarm(4, nil)
+	done := make(chan *control.Report, 1)
+	go func() {
+		r, err := nodes[0].client.Stage(t.Context(), control.StageRequest{Image: w.image, Hosts: hosts(4), Ready: control.Complete, UID: -1, NoMount: true}, nil)
+		if err != nil {
+			t.Error(err)
+		}
+		done <- r
+	}()
+	time.Sleep(500 * time.Millisecond)
+	w.net.Cut("n2")
+	for _, n := range []*node{nodes[0], nodes[1], nodes[3]} {
+		for {
+			s, err := n.client.Status(t.Context(), control.StatusRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(s.Jobs) == 1 && s.Jobs[0].State.Done() {
+				if s.Jobs[0].State.Phase != control.PhaseDone {
+					t.Errorf("%s: %+v", n.name, s.Jobs[0].State)
+				}
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		w.verify(n)
+	}
+	w.net.Heal("n2")
+	r := <-done
+	t.Logf("origin %.2f × image", float64(w.proxy.Bytes(registry.Match{Kind: registry.Blob}))/float64(w.size))
+	if r != nil && r.Failed > 1 {
+		t.Errorf("%d hosts failed", r.Failed)
+	}
+}
+
+// Two of four hosts have a way to the registry, and that is enough.
+func TestFewSeeds(t *testing.T) {
+	w := newWorld(t, 6<<20, 2<<20)
+	seed := func(h string) bool { return h == "n1" || h == "n3" }
+	nodes := w.swarm(4, func(_ int, o *agent.Options) { o.Seed = seed })
+	r := w.stage(nodes[0], 4, nil)
+	if r.Failed > 0 {
+		t.Errorf("%d hosts failed", r.Failed)
+	}
+	for i, h := range r.Hosts {
+		if i%2 == 0 && h.Bytes.Origin > 0 {
+			t.Errorf("%s has asked the origin", h.Host)
+		}
+	}
+	w.originBytes(1.03)
+}
+
+// With the origin gone after one copy has left it, other hosts take that copy.
+func TestOriginGone(t *testing.T) {
+	w := newWorld(t, 6<<20, 2<<20)
+	nodes := w.swarm(3, nil)
+	// All have heard of the image, so that any can resolve it; only n0 keeps its bytes.
+	w.stage(nodes[0], 3, nil)
+	for _, n := range nodes {
+		if _, err := n.client.Unstage(t.Context(), control.UnstageRequest{Job: w.job(n), Here: true}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range nodes[1:] {
+		w.forgetBytes(n)
+	}
+	if err := w.proxy.Down(); err != nil {
+		t.Fatal(err)
+	}
+	r := w.stage(nodes[0], 3, func(q *control.StageRequest) { q.Job = "offline" })
+	if r.Failed > 0 {
+		t.Errorf("%d hosts failed", r.Failed)
+	}
+	if r.Bytes.Peer < 2*w.size {
+		t.Errorf("%d bytes from peers, two images have %d", r.Bytes.Peer, 2*w.size)
+	}
+}
+
+// job is the name of the only job on a node.
+func (w *world) job(n *node) string {
+	w.t.Helper()
+	s, err := n.client.Status(w.t.Context(), control.StatusRequest{})
+	if err != nil || len(s.Jobs) != 1 {
+		w.t.Fatal(s.Jobs, err)
+	}
+	return s.Jobs[0].Job
+}
+
+// forgetBytes drops the layers that a node has; what it knows about them stays.
+func (w *world) forgetBytes(n *node) {
+	w.t.Helper()
+	names, err := filepath.Glob(filepath.Join(n.store.Dir(), "blobs", "*"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, name := range names {
+		if err := os.Remove(name); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+}
