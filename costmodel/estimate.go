@@ -49,7 +49,7 @@ var Strategies = []Strategy{
 	{"zstd", "registry, layers in zstd", "as registry, with zstd-size bytes; what is not transfer takes zstd-factor"},
 	{"lazy", "lazy with an index, from the registry", "lazy-mount, then touched bytes ÷ lazy-rate, longer by growth"},
 	{"squashfs", "one squashfs or SIF on a shared file system", "touched bytes ÷ min(link, shared-fs ÷ hosts); the file was made before"},
-	{"muster", "muster, first pull", "the slowest of origin, link (each host receives and passes on) and one core's inflating of the largest layer; a hop per tree level"},
+	{"muster", "muster, first pull", "the swarm's pipeline (origin, links, hops), or one core's inflating of the largest layer; then touched bytes inflated"},
 	{"muster-again", "muster, again on the same hosts", "warm-mount, then touched bytes inflated from the host's store"},
 	{"prestaged", "pre-staged and unpacked before the job", "nothing but the dispatch ramp; the staging itself was paid before"},
 }
@@ -207,6 +207,13 @@ func (v values) growth(hosts int) float64 {
 	return n(float64(hosts)) / n(min(studyNodes, float64(hosts)))
 }
 
+// muster's own defaults, as planner has them.
+const (
+	swarmSeeds  = 16
+	swarmFanout = 4
+	swarmPiece  = 256 << 10
+)
+
 // start is the time from an image's first start until the median host has it, without the ramp, and what leaves the registry.
 func (v values) start(strategy string, p piece, hosts int) (seconds, egress float64) {
 	n := float64(hosts)
@@ -230,13 +237,11 @@ func (v values) start(strategy string, p piece, hosts int) (seconds, egress floa
 		// One file for each image: nothing is shared between them.
 		return touched * v[ParamSquashSize] / min(v[ParamLink], v[ParamSharedFS]/n), 0
 	case "muster":
-		// A host receives each byte once and passes it on about once; the trees are log₄ hosts deep.
-		wire := p.newBytes / v[ParamLink]
-		if hosts > 1 {
-			wire *= 2
+		swarm := Swarm{
+			Bytes: p.newBytes, Hosts: hosts, Seeds: swarmSeeds, Fanout: swarmFanout, Piece: swarmPiece,
+			Origin: min(v[ParamOrigin], n*v[ParamLink]), Up: v[ParamLink], Down: v[ParamLink], Hop: v[ParamHop],
 		}
-		depth := math.Ceil(math.Log(max(n, 1)) / math.Log(4))
-		return v[ParamWarm] + max(p.newBytes/min(v[ParamOrigin], n*v[ParamLink]), wire, p.largest/v[ParamInflate]) + depth*v[ParamHop] + touched/v[ParamInflate], p.newBytes
+		return v[ParamWarm] + max(swarm.Pipeline(), p.largest/v[ParamInflate]) + touched/v[ParamInflate], p.newBytes
 	case "muster-again":
 		return v[ParamWarm] + touched/v[ParamInflate], 0
 	default: // prestaged

@@ -283,6 +283,16 @@ func TestSave(t *testing.T) {
 	if v.Worst != 600e6 || v.Bytes != 450e6 || v.WithBase != 325e6 || v.Saved != 125e6 {
 		t.Errorf("%+v", v)
 	}
+	// Images that have the base already gain nothing by it.
+	if alike := sequence(3, true, 100, 50); true {
+		s, err := Similar(alike)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v, err := Save(alike, s, []int{0, 1, 2}); err != nil || v.Bytes != 150e6 || v.Saved != 0 || v.Worst != 450e6 {
+			t.Errorf("images that are the same: %+v, %v", v, err)
+		}
+	}
 	if _, err := Save(images, s, []int{3}); !errors.Is(err, ErrScenario) {
 		t.Errorf("a job of no image: %v", err)
 	}

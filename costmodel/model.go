@@ -225,3 +225,35 @@ func (m *Model) predictMakespan(r *run, hosts []float64) float64 {
 	base := l[0]*slices.Max(hosts) + l[1]*m.predictRamp(r)
 	return base * math.Exp(m.last[r.Content].at(placeOf(m.Likeness.Last, r, m.mounts(r))))
 }
+
+// A Summary is what people want to know of a model.
+type Summary struct {
+	Source   string         `json:"source"`
+	Events   int            `json:"events"`
+	Dropped  int            `json:"dropped"`
+	Runs     int            `json:"runs"`
+	Formulas []NamedFormula `json:"formulas"`
+	Rate     Range          `json:"rate"` // B/s
+	Spread   Spread         `json:"spread"`
+	Slow     []string       `json:"slow_hosts"`
+}
+
+// A NamedFormula is a formula and what it is of.
+type NamedFormula struct {
+	Name string `json:"name"`
+	Formula
+}
+
+// Summary of m.
+func (m *Model) Summary() Summary {
+	s := Summary{Source: m.Source, Events: m.Events, Dropped: m.Dropped, Runs: len(m.Runs), Rate: m.Rate, Spread: m.Spread, Slow: m.Slow}
+	for _, key := range slices.Sorted(maps.Keys(m.Pull)) {
+		if key != ContentApp && key != ContentZeros { // fallbacks
+			s.Formulas = append(s.Formulas, NamedFormula{"pull " + key, m.Pull[key]})
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(m.Mount)) {
+		s.Formulas = append(s.Formulas, NamedFormula{"mount " + key, m.Mount[key]})
+	}
+	return s
+}

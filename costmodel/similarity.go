@@ -174,52 +174,57 @@ type Savings struct {
 	Seconds    Range   `json:"saved_s_per_host"`           // at the study's rates
 }
 
-// Save works out what a common base saves on a schedule: indices of images in the order in which jobs need them. With a base, each image
-// consists of the base and what is not of it: as many bytes of its layers as the base has, but at most half of the image, are
-// taken to be the base in other words (the same system and libraries from another build).
+// Save works out what a common base saves on a schedule: indices of images in the order in which jobs need them. The base is the layers that
+// more than half of the images have; where there are none it is a layer as large as the smallest of the images' largest ones. An
+// image that lacks of the base is taken to have the same content in other layers, from another build of the same system and
+// libraries: as many bytes as it lacks, but at most half of what it would pull.
 func Save(images []Image, s Similarity, schedule []int) (Savings, error) {
 	var v Savings
-	seen := map[string]bool{}
-	started := map[int]bool{}
-	base := s.CommonBytes
-	if base == 0 { // nothing is common yet: the smallest image's largest layer is what a base could be
-		base = math.Inf(1)
+	base := map[string]float64{}
+	for _, l := range s.Common {
+		base[l.Name] = l.Bytes
+	}
+	if len(base) == 0 {
+		least := math.Inf(1)
 		for _, i := range images {
 			largest := 0.0
 			for _, l := range i.Layers {
 				largest = max(largest, l.Bytes)
 			}
-			base = min(base, largest)
+			least = min(least, largest)
 		}
+		base["\x00base"] = least // no layer is called so
 	}
-	paid := false
+	seen, based := map[string]bool{}, map[string]bool{}
+	fresh := func(have map[string]bool, layers map[string]float64) float64 {
+		sum := 0.0
+		for _, name := range slices.Sorted(maps.Keys(layers)) {
+			if !have[name] {
+				have[name] = true
+				sum += layers[name]
+			}
+		}
+		return sum
+	}
 	for _, k := range schedule {
 		if k < 0 || k >= len(images) {
 			return v, fmt.Errorf("%w: job needs image %d of %d", ErrScenario, k+1, len(images))
 		}
 		v.Jobs++
 		own := distinct([]Image{images[k]})
-		total := sum(own)
-		v.Worst += total
-		fresh := 0.0
-		for _, name := range slices.Sorted(maps.Keys(own)) {
-			if !seen[name] {
-				seen[name] = true
-				fresh += own[name]
+		v.Worst += sum(own)
+		v.Bytes += fresh(seen, own)
+		lacks, rest := maps.Clone(base), maps.Clone(own)
+		for name := range base {
+			if _, ok := own[name]; ok {
+				delete(lacks, name)
+				delete(rest, name)
 			}
 		}
-		v.Bytes += fresh
-		if started[k] {
-			continue
-		}
-		started[k] = true
-		part := min(base, total/2, fresh)
-		v.WithBase += fresh - part
-		if !paid {
-			v.WithBase += base
-			paid = true
-		}
+		more := fresh(based, rest)
+		v.WithBase += more - min(sum(lacks), more/2) + fresh(based, base)
 	}
+	// A base that saves nothing is not made.
 	v.WithBase = min(v.WithBase, v.Bytes)
 	v.Saved = v.Bytes - v.WithBase
 	if v.Bytes > 0 {

@@ -6,6 +6,7 @@ import (
 
 	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/costmodel"
 )
 
 // complain tells an error to a person: image, host and cause, then the next thing to try. Never a stack
@@ -31,8 +32,10 @@ func (a *app) complain(err error) {
 
 // nextStep is what usually helps against errors of this kind.
 func nextStep(err error) string {
-	if errors.Is(err, image.ErrNotLazy) {
-		return "" // it says so itself
+	for _, said := range []error{image.ErrNotLazy, costmodel.ErrEvents, costmodel.ErrModel, costmodel.ErrScenario} {
+		if errors.Is(err, said) {
+			return "" // it says so itself
+		}
 	}
 	code := exitCode(err)
 	var c *coded
