@@ -104,7 +104,7 @@ func newAnswerer(places int, counts *serverCounts) *answerer {
 	a.grpc = grpc.NewServer(
 		grpc.Creds(greeting{}), grpc.ForceServerCodecV2(raw{}), grpc.UnknownServiceHandler(a.answer),
 		grpc.MaxRecvMsgSize(maxQuestion), grpc.MaxSendMsgSize(maxQuestion), grpc.MaxConcurrentStreams(64), grpc.MaxHeaderListSize(16<<10),
-		grpc.ReadBufferSize(8<<10), grpc.WriteBufferSize(8<<10), grpc.SharedWriteBuffer(true),
+		grpc.ReadBufferSize(8<<10), grpc.WriteBufferSize(8<<10),
 		grpc.ConnectionTimeout(5*time.Second), grpc.WaitForHandlers(true),
 	)
 	go func() { // ended by close
@@ -255,7 +255,7 @@ func (a *asker) line(to Host) (*line, error) {
 	conn, err := grpc.NewClient("passthrough:///muster",
 		grpc.WithTransportCredentials(greeting{}), grpc.WithNoProxy(), grpc.WithDisableServiceConfig(), grpc.WithDisableRetry(),
 		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(raw{}), grpc.MaxCallSendMsgSize(maxQuestion)),
-		grpc.WithReadBufferSize(8<<10), grpc.WithWriteBufferSize(8<<10), grpc.WithSharedWriteBuffer(true),
+		grpc.WithReadBufferSize(8<<10), grpc.WithWriteBufferSize(8<<10),
 		grpc.WithIdleTimeout(time.Minute),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},

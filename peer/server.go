@@ -268,8 +268,12 @@ func (s *Server) ranges(ses *session) {
 	}
 	ses.SetReadDeadline(time.Time{})
 	if err := s.admit(ses.peer, hello.Priority == ztoc.Prefetch); err != nil {
-		ses.SetWriteDeadline(time.Now().Add(time.Second))
+		// The child may be sending a want: closing with that unread would take the refusal from it.
+		ses.SetDeadline(time.Now().Add(time.Second))
+		var wg sync.WaitGroup
+		wg.Go(func() { io.Copy(io.Discard, io.LimitReader(ses, 2*maxMessage)) })
 		ses.Write(frame(header{kind: kindRefused, offset: refusal(err)}, nil))
+		wg.Wait()
 		return
 	}
 	defer s.dismiss(ses.peer)
