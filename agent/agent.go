@@ -18,6 +18,7 @@ import (
 	"github.com/muster-hpc/muster/agent/control"
 	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/agent/store"
+	"github.com/muster-hpc/muster/lazyfs/mountd"
 	"github.com/muster-hpc/muster/peer"
 )
 
@@ -119,6 +120,7 @@ type Agent struct {
 	inflate *semaphore.Weighted // how many layers are inflated at once
 
 	ctx    context.Context // of all jobs
+	keeper  *mountd.Keeper      // of the mounts
 	cancel context.CancelCauseFunc
 	jobsWG sync.WaitGroup
 
@@ -154,6 +156,7 @@ func New(o Options) (*Agent, error) {
 	a.metrics = newMetrics(a)
 	a.client = peer.NewClient(o.Network, o.Peer)
 	a.server = peer.NewServer(o.Network, a, o.Serve)
+		keeper: mountd.NewKeeper(o.Log, o.MountConf.Log),
 	a.handle()
 	return a, nil
 }
@@ -255,6 +258,7 @@ func (a *Agent) close() {
 	}
 	_ = a.client.Close()
 	_ = a.server.Close()
+	a.keeper.Close() // the mounts go on
 	a.mu.Lock()
 	jobs := a.jobs
 	a.jobs, a.plans = map[string]*job{}, map[string]*job{}

@@ -3,7 +3,11 @@ package agent_test
 import (
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/muster-hpc/muster/agent"
 	"github.com/muster-hpc/muster/agent/control"
@@ -57,6 +61,7 @@ func TestMounts(t *testing.T) {
 		}
 	}
 	w.originBytes(1.15)
+	killMount(t, r.Hosts[1].Mount)
 
 	// An agent that comes back finds its mounts.
 	nodes[1].stop()
@@ -68,9 +73,39 @@ func TestMounts(t *testing.T) {
 	if err != nil || len(s.Jobs) != 1 || s.Jobs[0].State.Mount != r.Hosts[1].Mount {
 		t.Errorf("after a restart: %+v, %v", s.Jobs, err)
 	}
+	killMount(t, r.Hosts[1].Mount)
+	if len(sums(t, r.Hosts[1].Mount)) != len(want) {
+		t.Error("the mount is not served after its processes were killed")
+	}
 	end("second")
 	if left, _ := filepath.Glob(filepath.Join(w.dir, "mounts", "*", "*")); len(left) > 0 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// killMount kills all processes of a mount at once, and wants it to answer all the same: the agent keeps it.
+func killMount(t *testing.T, dir string) {
+	t.Helper()
+	var pids []int
+	all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, name := range all {
+		if b, _ := os.ReadFile(name); strings.HasPrefix(string(b), "muster-mountd\x00") && strings.HasSuffix(string(b), "\x00"+dir+"\x00") {
+			pid, _ := strconv.Atoi(strings.Split(name, "/")[2])
+			pids = append(pids, pid)
+		}
+	}
+	if len(pids) != 2 {
+		t.Errorf("processes of %s: %v", dir, pids)
+	}
+	for _, sig := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} { // stopped first, so that none starts another
+		for _, pid := range pids {
+			if err := unix.Kill(pid, sig); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if err := unix.Statfs(dir, new(unix.Statfs_t)); err != nil {
+		t.Errorf("after its processes were killed: %v", err)
 	}
 }
 

@@ -68,6 +68,7 @@ func (j *job) mountImage(ctx context.Context, img origin.Image) error {
 		return err
 	}
 	if _, err := lazyfs.Mounted(dir); err == nil { // an agent before this one has mounted it
+		j.a.keep(ctx, dir)
 		j.change(func(s *control.HostState) { s.Mount = dir })
 		return nil
 	}
@@ -80,10 +81,18 @@ func (j *job) mountImage(ctx context.Context, img origin.Image) error {
 		}
 		return fmt.Errorf("mount %s: %w", o.Image, err)
 	}
+	j.a.keep(ctx, dir)
 	j.change(func(s *control.HostState) { s.Mount = m.Dir })
 	j.a.metrics.mounts.Inc()
 	j.a.remember(j)
 	return nil
+}
+
+// keep takes a mount into the agent's care: should its processes all be killed at once, they are started again.
+func (a *Agent) keep(ctx context.Context, dir string) {
+	if err := a.keeper.Keep(ctx, dir); err != nil {
+		a.log.Warn("a mount would not survive the death of all its processes", "mount", dir, "cause", err)
+	}
 }
 
 func makeMountDir(dir string, o order) error {

@@ -69,6 +69,7 @@ func (a *Agent) restore() {
 			_ = os.Remove(n)
 			continue
 		}
+		a.keep(a.ctx, r.Mount)
 		j := a.newJob(r.ID, r.Order)
 		close(j.ordered)
 		j.offered <- r.Spec

@@ -10,7 +10,7 @@ import (
 // The units are files that systemd reads: sections, keys, and what the agent relies on.
 func TestUnits(t *testing.T) {
 	units, err := filepath.Glob("systemd/*")
-	if err != nil || len(units) != 2 {
+	if err != nil || len(units) != 3 {
 		t.Fatal(units, err)
 	}
 	for _, u := range units {
@@ -28,7 +28,10 @@ func TestUnits(t *testing.T) {
 			}
 		}
 		want := []string{"[Slice]", "CPUWeight="}
-		if filepath.Ext(u) == ".service" {
+		switch filepath.Base(u) {
+		case "muster-mount@.service":
+			want = []string{"ExecStop=/usr/bin/muster umount ", "ExecReload=/usr/bin/muster upgrade-mounts ", "KillMode=process", "Slice=muster.slice"}
+		case "muster-agent.service":
 			// The agent tells when it is ready, and mounts survive it.
 			want = []string{"Type=notify", "ExecStart=/usr/bin/muster agent\n", "KillMode=process", "Slice=muster.slice", "RuntimeDirectoryPreserve=yes"}
 		}
