@@ -44,18 +44,23 @@ type GossipOptions struct {
 
 // tuning is what depends on the size of a cluster.
 //
-// What a host sends in a second, in bytes on the wire (28 for UDP and IPv4, 29 for encryption, are in all of them):
+// What a host sends in a second, in bytes on the wire (28 for UDP and IPv4 and 29 for encryption are in all of them):
 //
 //	probes     one ping and one ack each Probe: (130 + 110)/Probe
 //	news       at most Fan packets of 1,400 bytes each Interval, and only while there is news: Fan · 1,428 / Interval
 //	comparing  the whole list, N · 60 bytes compressed, to one host each Compare, and as much to one that asks: 2 · N · 60 / Compare,
 //	           which Compare = max(30 s, 2 · N · 60 / Budget) bounds by Budget
 //
-// Up to 512 hosts: 240 + 0 + 1,000 in the long run, and news may take 21 kB/s for as long as it lasts, which for one host that comes is
-// 12 transmissions of 150 bytes at each host. Beyond that news is what costs: when all N hosts are started at once each has N pieces of
-// news of 110 bytes to send Repeat·⌈lg(N+1)⌉ times. So the rate is bounded instead: 120 + 2,856 + 1,000 = 4.0 kB/s
-// at any N, and it takes as long as it takes: for 2,000 hosts 2,000 · 110 · 8 / 2,856 = 10 minutes until the last piece has been sent for the last time, but all are known
-// much earlier, since pieces that were sent least go first. A host that fails is noticed in about 4·lg N·Probe: 27 s at 2,000.
+// Up to 512 hosts that is 240 + 1,000 in the long run, and news may take 21 kB/s for as long as it lasts: for one host that comes,
+// 12 times 150 bytes at each host. Beyond that news is what costs. When all N hosts are started at once, each has N
+// pieces of news of 110 bytes to send Repeat · ⌈lg(N+1)⌉ times. So the rate is bounded instead: 120 + 2,856 + 1,000 = 4.0 kB/s at
+// any N, and it takes as long as it takes: for 2,000 hosts 2,000 · 110 · 8 / 2,856 s = 10 minutes until the last piece has been sent
+// for the last time. Pieces that were sent least go first, so nearly all is known long before. A host that fails is
+// noticed after about 4 · lg N · Probe: 27 s at 2,000.
+//
+// Measured with 2,000 hosts in memory (TestGossipCost), mean over hosts and a minute: 2.6 kB/s when all start at once, and 94 % known after
+// a minute, 99.5 % after two; 2.1 at rest; 2.0 when half of them fail at once. Only the seeds send more, and only in that first minute: each of
+// four tells its list to 500 hosts, 183 kB/s. More seeds share that.
 type tuning struct {
 	Probe    time.Duration
 	Interval time.Duration
