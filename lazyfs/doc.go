@@ -25,9 +25,11 @@
 //   - A warm file, the inflated bytes that an earlier start read, replaces spans where it has them. Each piece is checked
 //     when it is read. It is made from what readers get while the program starts (Config.KeepWarm), or by WriteWarm.
 //
+// Large files that are really read get plain copies, which the kernel reads by itself in later mounts (backing.go).
+//
 // Readers that are killed are let go at once; a signal that does not kill does not disturb a read (see interrupt.go).
 //
-// The server keeps nothing about inodes and counts no references: a node ID is a row of the table plus one, a directory's
+// The server keeps nothing about inodes, except how large files were opened first, and counts no references: a node ID is a row of the table plus one, a directory's
 // offset a position in it, for ever. What the kernel agreed on in INIT is kept (Init), requests lie in memory that can be shared
 // with a parent (Slots). So another process can go on where this one died: package mountd does that.
 //

@@ -67,8 +67,9 @@ const (
 )
 
 // Negotiate reads the kernel's INIT from a fresh connection and answers it. It is the first thing that
-// must happen after mounting, and is bounded: the kernel sends INIT with the mount.
-func Negotiate(dev *os.File, compat Compat) (Init, error) {
+// must happen after mounting, and is bounded: the kernel sends INIT with the mount. With passthrough, that is taken too when
+// the kernel offers it: from then on opening a file costs a request (see backing.go).
+func Negotiate(dev *os.File, compat Compat, passthrough bool) (Init, error) {
 	buf := make([]byte, minReadBuffer)
 	var n int
 	var err error
@@ -97,7 +98,12 @@ func Negotiate(dev *os.File, compat Compat) (Init, error) {
 	if in.Flags&fuse.CAP_INIT_EXT != 0 {
 		offered = in.Flags64()
 	}
-	flags := compat.mask(offered) & wanted
+	want := wanted
+	if passthrough {
+		want |= fuse.CAP_PASSTHROUGH
+		out.MaxStackDepth = 1 // one file system below ours, none below that; an overlay over ours still works
+	}
+	flags := compat.mask(offered) & want
 	out.Flags, out.Flags2 = uint32(flags), uint32(flags>>32)
 	if flags&fuse.CAP_MAX_PAGES != 0 {
 		out.MaxPages = maxPages
@@ -144,6 +150,18 @@ func (i Init) limits() (limits, error) {
 		minor:   out.Minor,
 		request: max(minReadBuffer, inHeaderSize+40+int(out.MaxWrite)),
 	}, nil
+}
+
+// passthrough says whether files can be passed through over this connection (agreed), and whether they could be over another
+// one that is made now (possible).
+func (i Init) passthrough() (agreed, possible bool) {
+	in, err := parseInit(i.Request)
+	l, lerr := i.limits()
+	if err != nil || lerr != nil || in.Flags&fuse.CAP_INIT_EXT == 0 {
+		return false, false
+	}
+	// A Compat that masks passthrough masks all of the second word.
+	return l.flags&fuse.CAP_PASSTHROUGH != 0, in.Flags64()&fuse.CAP_PASSTHROUGH != 0 && l.flags>>32 != 0
 }
 
 // String tells what was agreed, for logs.

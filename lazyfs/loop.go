@@ -151,6 +151,10 @@ func (s *Server) dispatch(w *scratch, sl slot) (parked bool) {
 		s.send(w, unique, syscall.EIO) // was answered long ago
 		return false
 	}
+	if s.pass != nil && (h.Opcode == opOpen || h.Opcode == opRelease) {
+		s.openOrRelease(w, h)
+		return false
+	}
 	if errno := refusal(h.Opcode); errno != 0 {
 		s.send(w, unique, errno)
 		return false

@@ -30,6 +30,8 @@ type MountOptions struct {
 	AllowOther bool
 	// Context is an SELinux context for every file, passed to the kernel as it is; empty for none.
 	Context string
+	// Passthrough asks the kernel for passthrough of files (HasBacking says when that is worth it).
+	Passthrough bool
 	// Helper forces mounting by fusermount3 also where mount(2) would do.
 	Helper bool
 }

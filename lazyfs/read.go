@@ -66,6 +66,7 @@ func (s *Server) read(w *scratch, sl slot, in *fuse.ReadIn) (parked bool) {
 		return false
 	}
 	s.recorder.note(w.where)
+	s.grow.note(row, s.table.Size(row), n)
 
 	s.mu.Lock()
 	on := s.pin(w)

@@ -98,7 +98,12 @@ type Config struct {
 	// called on a goroutine of its own at the first read, and calls write with where the file goes; write takes what is
 	// read as it is read, and returns when the profile is done: nil, or an error when what came was not worth keeping.
 	KeepWarm func(write func(io.Writer) error) error
-	Log      *slog.Logger
+	// Backing keeps plain copies of large files that are really read, for passthrough; nil: none.
+	Backing Backing
+	// Modes is memory of ModesSize bytes, zero at first, that all servers of a mount share, aligned to a page: how
+	// files were opened the first time. nil: private.
+	Modes []byte
+	Log   *slog.Logger
 }
 
 // A Server serves one mounted image. It keeps nothing about inodes: node IDs are rows of the table.
@@ -122,6 +127,8 @@ type Server struct {
 	compressed *pool
 	warm       *warm    // nil without
 	capture    *capture // nil without
+	pass       *pass    // nil unless passthrough was agreed on
+	grow       *grow    // nil unless backing files are made
 	recorder   recorder
 	logged     causes
 	working    sync.WaitGroup // workers; added to under mu while not closed
@@ -196,7 +203,7 @@ func (c *Config) setDefaults() {
 // that wait for requests end with the mount or the process. Serve is called once. It does not close dev.
 func (s *Server) Serve(ctx context.Context, dev *os.File) error {
 	if len(s.cfg.Init.Reply) == 0 {
-		in, err := Negotiate(dev, s.cfg.Compat)
+		in, err := Negotiate(dev, s.cfg.Compat, HasBacking(s.cfg))
 		if err != nil {
 			return err
 		}
@@ -215,6 +222,9 @@ func (s *Server) Serve(ctx context.Context, dev *os.File) error {
 		}
 	}
 	s.conn = conn{int(dev.Fd()), dev}
+	if err := s.initBacking(); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s.ctx = ctx
@@ -232,6 +242,8 @@ func (s *Server) Serve(ctx context.Context, dev *os.File) error {
 	defer s.deliverProfile()
 	kept := make(chan struct{})
 	go func() { defer close(kept); s.keepHouse(ctx) }()
+	grown := make(chan struct{})
+	go func() { defer close(grown); s.makeBacking(ctx) }()
 
 	ends := make(chan error, s.cfg.Loops)
 	for range s.cfg.Loops {
@@ -241,6 +253,7 @@ func (s *Server) Serve(ctx context.Context, dev *os.File) error {
 	defer func() {
 		cancel()
 		<-kept
+		<-grown
 		s.drain()
 		if ended {
 			s.slots.unmap()
@@ -265,7 +278,7 @@ type counters struct {
 	requests, reads, readBytes, hits, misses, interrupted  atomic.Int64
 	inflated, inflatedBytes, fetchedBytes, inflateTime     atomic.Int64
 	aheadInflated, aheadUsed, rejected, failed, warmPieces atomic.Int64
-	warmBad                                                atomic.Int64
+	warmBad, passed, backed                                atomic.Int64
 }
 
 // Stats is what a Server did since New.
@@ -286,6 +299,8 @@ type Stats struct {
 	Rejected      int64         `json:"rejected"`       // spans whose bytes did not match their digest
 	WarmPieces    int64         `json:"warm_pieces"`    // pieces read from the warm file
 	WarmBad       int64         `json:"warm_bad"`       // of these, rotten, so that spans were used instead
+	Passed        int64         `json:"passed"`         // opens of files that the kernel reads by itself
+	Backed        int64         `json:"backed"`         // files of which a plain copy was made
 	Waiting       int           `json:"waiting"`        // reads parked now
 	Memory        int64         `json:"memory"`         // bytes of buffers held now
 }
@@ -302,7 +317,7 @@ func (s *Server) Stats() Stats {
 		InflatedBytes: c.inflatedBytes.Load(), FetchedBytes: c.fetchedBytes.Load(),
 		InflateTime:   time.Duration(c.inflateTime.Load()),
 		AheadInflated: c.aheadInflated.Load(), AheadUsed: c.aheadUsed.Load(), Rejected: c.rejected.Load(),
-		WarmPieces: c.warmPieces.Load(), WarmBad: c.warmBad.Load(),
+		WarmPieces: c.warmPieces.Load(), WarmBad: c.warmBad.Load(), Passed: c.passed.Load(), Backed: c.backed.Load(),
 		Waiting: waiting, Memory: s.inflated.bytes() + s.compressed.bytes(),
 	}
 }

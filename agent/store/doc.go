@@ -21,7 +21,8 @@
 //  5. An open handle holds a shared flock on the blob's file, so the kernel itself forgets who uses a blob
 //     when a process is killed. The same goes for temporary files: one that can be locked
 //     belongs to nobody and is swept.
-//  6. When the disk is full or the quota cannot be met, writes give ErrNoSpace, one warning names the
+//  6. Plain copies of large files (spare.go) are made from free room only, and go before all else, also while they are open.
+//  7. When the disk is full or the quota cannot be met, writes give ErrNoSpace, one warning names the
 //     directory, and every few seconds a write is tried again. Reads go on.
 //
 // Not promised: that what was written can be read later; that the order of eviction is exact

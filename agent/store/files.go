@@ -26,9 +26,10 @@ const (
 	KindProfile  Kind = "profile"  // start-up profile of an image
 	KindWarm     Kind = "warm"     // what is inflated ahead
 	KindRef      Kind = "ref"      // what a reference resolved to
+	KindBacking  Kind = "backing"  // plain copy of a large file of an image, the first to be evicted
 )
 
-var kinds = []Kind{KindZtoc, KindTable, KindManifest, KindProfile, KindWarm, KindRef}
+var kinds = []Kind{KindZtoc, KindTable, KindManifest, KindProfile, KindWarm, KindRef, KindBacking}
 
 // ErrKey says that a kind or key cannot name a file of the store.
 var ErrKey = errors.New("not a valid key")
@@ -168,10 +169,15 @@ func (s *Store) Get(kind Kind, key string) (*os.File, error) {
 		}
 		return nil, err
 	}
+	touchFile(f)
+	return f, nil
+}
+
+// touchFile notes the time of use, at most once a second.
+func touchFile(f *os.File) {
 	if st, err := f.Stat(); err == nil && time.Since(st.ModTime()) > time.Second {
 		setTimes(f, time.Now().UnixNano())
 	}
-	return f, nil
 }
 
 // Delete removes a small file; none is not an error.

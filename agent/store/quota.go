@@ -197,6 +197,14 @@ func (s *Store) survey() census {
 // lastKinds are small, dear to make again, and so evicted only when nothing else is left.
 func lastKind(k Kind) bool { return k == KindProfile || k == KindRef || k == KindManifest }
 
+// firstKind is 1 for what only saves time and can be made from what else is here.
+func firstKind(k Kind) int {
+	if k == KindBacking {
+		return 1
+	}
+	return 0
+}
+
 // evict brings usage down to target if it can, with idleOnly as far as nobody has the files open. The
 // caller holds the store's lock.
 func (s *Store) evict(target int64, idleOnly bool) {
@@ -205,7 +213,9 @@ func (s *Store) evict(target int64, idleOnly bool) {
 		return
 	}
 	keep := s.pinned()
-	slices.SortFunc(c.items, func(a, b item) int { return cmp.Or(a.used.Compare(b.used), cmp.Compare(a.path, b.path)) })
+	slices.SortFunc(c.items, func(a, b item) int {
+		return cmp.Or(-cmp.Compare(firstKind(a.kind), firstKind(b.kind)), a.used.Compare(b.used), cmp.Compare(a.path, b.path))
+	})
 	enough := func() bool { return s.used().Load() <= target }
 
 	// Whole blobs and files that nobody has open.

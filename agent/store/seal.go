@@ -46,6 +46,20 @@ func setSeal(f *os.File, b []byte) {
 // errTorn says that a file is not what was written.
 var errTorn = errors.New("damaged by a crash")
 
+// sealedNow says whether f has a seal of this boot, and its size.
+func (s *Store) sealedNow(f *os.File) (bool, error) {
+	var b [sealLen + 1]byte
+	n, err := unix.Fgetxattr(int(f.Fd()), sealAttr, b[:])
+	if err != nil || n != sealLen || b[0] != 1 {
+		return false, nil //nolint:nilerr // it has none
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return false, err
+	}
+	return string(b[:17]) == string(seal(s.boot, 0, 0)[:17]) && st.Size() == int64(binary.LittleEndian.Uint64(b[17:])), nil
+}
+
 // checkSeal says whether f is what was written. In the boot in which it was written it is: then its size is
 // all that is looked at. Otherwise all of it is read, once, and sealed for this boot.
 func (s *Store) checkSeal(f *os.File) error {

@@ -19,7 +19,7 @@ import (
 // left can start the others.
 type kit struct {
 	dev   *os.File // /dev/fuse
-	slots *os.File // the memory for requests, shared by all servers, and behind it the book
+	slots *os.File // the memory for requests, shared by all servers, behind it the book and how files were opened
 	state *os.File // a standing
 	table *os.File // nil when there is none
 
@@ -61,7 +61,7 @@ func newSlots() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := f.Truncate(lazyfs.SlotsSize + bookSize); err != nil {
+	if err := f.Truncate(modesOffset + lazyfs.ModesSize); err != nil {
 		_ = f.Close()
 		return nil, err
 	}
@@ -189,7 +189,10 @@ type book struct {
 	Deaths   map[string][]time.Time `json:"deaths"`   // see mourn
 }
 
-const bookSize = 16 << 10
+const (
+	bookSize    = 16 << 10
+	modesOffset = lazyfs.SlotsSize + bookSize // of lazyfs.Config.Modes
+)
 
 func (k *kit) readBook() (b book) {
 	buf := make([]byte, bookSize)

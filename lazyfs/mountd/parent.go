@@ -311,7 +311,7 @@ func (p *parent) mount(e event) error {
 	if p.st.Conn, err = lazyfs.Mounted(p.start.Dir); err != nil {
 		return err
 	}
-	if p.st.Init, err = lazyfs.Negotiate(p.kit.dev, compat); err != nil {
+	if p.st.Init, err = lazyfs.Negotiate(p.kit.dev, compat, e.message.Mount.Passthrough); err != nil {
 		return err
 	}
 	if err := p.st.Conn.SetReadahead(p.start.Ahead); err != nil && !errors.Is(err, fs.ErrPermission) && !errors.Is(err, fs.ErrNotExist) {

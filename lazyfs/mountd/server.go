@@ -36,9 +36,9 @@ type Request struct {
 
 // A Source is what is to be served.
 type Source struct {
-	// Config as lazyfs wants it. Init, Slots and Compat are filled in; so is Log when nil.
+	// Config as lazyfs wants it. Init, Slots, Modes and Compat are filled in; so is Log when nil.
 	Config lazyfs.Config
-	// Mount says how the tree is mounted. Only the first server's counts.
+	// Mount says how the tree is mounted. Only the first server's counts. Passthrough is filled in.
 	Mount lazyfs.MountOptions
 	// Table is the file that Config.Table lies in. The parent keeps it for successors.
 	Table *os.File
@@ -147,6 +147,9 @@ func (p *serverProcess) run(ctx context.Context, build Builder, r Request, code 
 	if src.Close != nil {
 		defer src.Close()
 	}
+	if !p.start.Again {
+		src.Mount.Passthrough = lazyfs.HasBacking(src.Config)
+	}
 	m, files := message{Kind: kindBuilt, Mount: src.Mount, State: src.State}, []*os.File(nil)
 	if src.Table != nil {
 		m.Files, files = []string{"table"}, []*os.File{src.Table}
@@ -169,8 +172,14 @@ func (p *serverProcess) run(ctx context.Context, build Builder, r Request, code 
 	if cfg.Slots, err = mapSlots(k.slots); err != nil {
 		return err
 	}
+	if cfg.Modes, err = mapModes(k.slots); err != nil {
+		return err
+	}
 	if cfg.Log == nil {
 		cfg.Log = p.log
+	}
+	if cfg.Inflaters == 0 {
+		cfg.Inflaters = inflaters()
 	}
 	s, err := lazyfs.New(cfg)
 	if err != nil {
@@ -178,9 +187,6 @@ func (p *serverProcess) run(ctx context.Context, build Builder, r Request, code 
 	}
 	_ = p.say(message{Kind: kindServing})
 	if src.Serving != nil && !p.start.Again {
-	if cfg.Inflaters == 0 {
-		cfg.Inflaters = inflaters()
-	}
 		done := make(chan struct{})
 		serving, stop := context.WithCancel(ctx)
 		go func() { defer close(done); src.Serving(serving, s) }()
@@ -296,4 +302,16 @@ func mapSlots(f *os.File) (*lazyfs.Slots, error) {
 		return nil, fmt.Errorf("map the memory for requests: %w", err)
 	}
 	return lazyfs.NewSharedSlots(mem)
+}
+
+// mapModes maps how files were opened. A mount that a program without passthrough made has no such memory, and needs none.
+func mapModes(f *os.File) ([]byte, error) {
+	if st, err := f.Stat(); err != nil || st.Size() < modesOffset+lazyfs.ModesSize {
+		return nil, err
+	}
+	mem, err := unix.Mmap(int(f.Fd()), modesOffset, lazyfs.ModesSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map how files were opened: %w", err)
+	}
+	return mem, nil
 }
