@@ -29,7 +29,7 @@ type BuildOptions struct {
 	HashInflated bool
 	// MaxBlock is the largest deflate block or zstd frame that may be in one span. 0: MaxBlock.
 	MaxBlock int64
-	// Cores is how many cores may inflate one gzip layer at once; hashing comes on top. 0: one.
+	// Cores is how many cores may inflate one gzip or zstd layer at once; hashing comes on top. 0: one.
 	// More help a first pull when the layer is large and the node idle.
 	Cores int
 	// Progress is called from time to time with the bytes of the blob taken in and of the layer
@@ -136,6 +136,7 @@ type layer struct {
 	cur       *buffer
 	curAt     int
 	taken     int64 // bytes of the blob
+	ahead     int64 // of these, not inflated yet but taken ahead, as frames are
 	pos       int64 // inflated bytes
 	broken    bool  // reading failed for a reason that is not the layer's fault
 	spans     *spanDigester
@@ -232,7 +233,7 @@ func (l *layer) Read(p []byte) (int, error) {
 		if !l.noRestart {
 			b.refs.Add(1)
 			l.spans.in <- spanEvent{data: b}
-			if l.taken-l.spans.kept > maxSpan {
+			if l.taken-l.ahead-l.spans.kept > maxSpan {
 				l.giveUp()
 			}
 		}

@@ -1,14 +1,8 @@
 package ztoc
 
 import (
-	"bufio"
-	"bytes"
-	"errors"
 	"fmt"
 	"io"
-	"math"
-
-	"github.com/klauspost/compress/zstd"
 
 	"github.com/muster-hpc/muster/ztoc/inflate"
 )
@@ -23,7 +17,7 @@ func (l *layer) source(f Format, blob io.Reader) (io.Reader, func()) {
 		z := l.gzipSpans(blob)
 		return z, z.z.Close
 	case FormatZstd:
-		z := &zstdSpans{l: l, f: frameReader{r: bufio.NewReaderSize(blob, 64<<10), limit: l.o.MaxBlock}}
+		z := newZstdSpans(l, blob)
 		return z, z.close
 	}
 	return &tarSpans{l: l, r: blob}, func() {}
@@ -124,77 +118,4 @@ func (t *tarSpans) Read(p []byte) (int, error) {
 		*open = cut{blob: Range{Start: s.blob.End}, out: Range{Start: s.out.End}}
 	}
 	return n, err
-}
-
-// zstdSpans inflates zstd frame by frame and groups whole frames to spans. Behind a frame that is too
-// large it goes on as a plain stream.
-type zstdSpans struct {
-	l      *layer
-	f      frameReader
-	out    []byte // rest of the current frame's content
-	pos    int64  // inflated offset behind out
-	stream *zstd.Decoder
-}
-
-func (z *zstdSpans) Read(p []byte) (int, error) {
-	for len(z.out) == 0 && z.stream == nil {
-		switch err := z.f.next(); {
-		case err == errBigFrame:
-			z.l.giveUp()
-			z.stream, err = zstd.NewReader(io.MultiReader(bytes.NewReader(z.f.frame), z.f.r),
-				zstd.WithDecoderConcurrency(2), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(128<<20),
-				zstd.WithDecoderMaxMemory(math.MaxInt64))
-			if err != nil {
-				return 0, err
-			}
-		case err != nil:
-			return 0, z.wrap(err)
-		default:
-			if err := z.group(); err != nil {
-				return 0, err
-			}
-			z.out = z.f.out
-		}
-	}
-	if z.stream != nil {
-		n, err := z.stream.Read(p)
-		return n, z.wrap(err)
-	}
-	n := copy(p, z.out)
-	z.out = z.out[n:]
-	return n, nil
-}
-
-// group adds the frame just read to the open span, or cuts that and starts another.
-func (z *zstdSpans) group() error {
-	open := &z.l.spans.open
-	n := int64(len(z.f.out))
-	end := z.pos + n
-	if !open.blob.Empty() && (end-open.out.Start > z.l.o.SpanSize || z.f.blob.End-open.blob.Start > maxSpan) {
-		s := *open
-		s.out.End = z.pos
-		if err := z.l.cut(s); err != nil {
-			return err
-		}
-		*open = cut{out: Range{Start: z.pos}}
-	}
-	if open.blob.Empty() {
-		open.blob.Start = z.f.blob.Start
-	}
-	open.blob.End = z.f.blob.End
-	z.pos = end
-	return nil
-}
-
-func (z *zstdSpans) wrap(err error) error {
-	if err == nil || err == io.EOF || z.l.broken || errors.Is(err, ErrInvalid) {
-		return err
-	}
-	return fmt.Errorf("%w: zstd: %w", ErrInvalid, err)
-}
-
-func (z *zstdSpans) close() {
-	if z.stream != nil {
-		z.stream.Close()
-	}
 }

@@ -8,7 +8,8 @@
 //
 //  1. The first bytes tell gzip, zstd or plain tar.
 //  2. One goroutine reads ahead and hands each buffer to the hasher of the whole blob and to the
-//     inflater, which may use several cores for gzip (BuildOptions.Cores).
+//     inflater, which may use several cores (BuildOptions.Cores): for gzip as package inflate tells, for
+//     zstd frame by frame.
 //  3. The inflater notes a checkpoint at the first deflate block end (zstd: frame end; tar: anywhere)
 //     after SpanSize inflated bytes. What lies between two checkpoints is a span.
 //  4. The span digester hashes each span's compressed bytes, finds out by inflating its first 32 KiB

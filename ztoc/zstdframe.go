@@ -21,7 +21,6 @@ const (
 type frameHeader struct {
 	size     int   // of the header, magic included
 	content  int64 // inflated size, -1 when it is not said
-	window   int64
 	checksum bool
 	dict     bool
 }
@@ -40,10 +39,7 @@ func parseFrameHeader(b []byte) (h frameHeader, err error) {
 	h.checksum = d&(1<<2) != 0
 	h.size = 5
 	if !single {
-		exp, mantissa := b[5]>>3, int64(b[5]&7)
-		h.window = int64(1) << (10 + exp)
-		h.window += h.window / 8 * mantissa
-		h.size++
+		h.size++ // the window's
 	}
 	dict := [4]int{0, 1, 2, 4}[d&3]
 	if h.size+dict > len(b) {
@@ -73,14 +69,24 @@ func parseFrameHeader(b []byte) (h frameHeader, err error) {
 	if h.content < -1 {
 		return h, fmt.Errorf("%w: zstd frame of %d bytes", ErrInvalid, uint64(h.content))
 	}
-	if single {
-		h.window = h.content
-	}
 	return h, nil
 }
 
 // errBigFrame ends reading by frames; the rest has to be read as a stream.
 var errBigFrame = errors.New("zstd frame beyond what is inflated at once")
+
+// A zstdFrame is a frame that was read whole.
+type zstdFrame struct {
+	blob    Range
+	content int64 // inflated size as the header says, -1 if it does not
+	bound   int64 // more it cannot inflate to
+	at      int   // where it is in its batch's data
+	out     Range // what it inflates to in the batch's out
+	err     error
+}
+
+// data is the frame.
+func (f *zstdFrame) data(b *batch) []byte { return b.data[f.at : f.at+int(f.blob.Len())] }
 
 // A frameReader takes zstd frames one at a time from a stream.
 type frameReader struct {
@@ -89,85 +95,100 @@ type frameReader struct {
 
 	at    int64  // offset in the blob of the next frame
 	frame []byte // the current frame, also after errBigFrame: what has been read of it
-	out   []byte // what it inflates to
-	blob  Range  // where it is
+	last  zstdFrame
+	again bool // the next frame is the current one
 }
 
 // next reads the next frame, passing over skippable ones. It returns io.EOF behind the last frame and
-// errBigFrame when a frame is larger than the limit; then f.frame and f.r are its bytes.
-func (f *frameReader) next() error {
+// errBigFrame when a frame is larger than the limit; then f.frame and f.r are its bytes. A frame that does not
+// say its size may turn out to be larger later.
+func (f *frameReader) next() (zstdFrame, error) {
+	if f.again {
+		f.again = false
+		return f.last, nil
+	}
 	for {
 		f.frame = f.frame[:0]
 		head, err := f.r.Peek(18)
 		if len(head) == 0 && err == io.EOF {
-			return io.EOF
+			return zstdFrame{}, io.EOF
 		}
 		if err != nil && err != io.EOF {
-			return err
+			return zstdFrame{}, err
 		}
 		if len(head) >= 8 && binary.LittleEndian.Uint32(head)&skippableMask == skippableBits {
 			n := 8 + int64(binary.LittleEndian.Uint32(head[4:]))
 			if _, err := io.CopyN(io.Discard, f.r, n); err != nil {
-				return ended(err)
+				return zstdFrame{}, ended(err)
 			}
 			f.at += n
 			continue
 		}
 		h, err := parseFrameHeader(head)
 		if err != nil {
-			return fmt.Errorf("%w at %d", err, f.at)
+			return zstdFrame{}, fmt.Errorf("%w at %d", err, f.at)
 		}
 		if h.dict {
-			return fmt.Errorf("%w: zstd frame with a dictionary", ErrUnsupported)
+			return zstdFrame{}, fmt.Errorf("%w: zstd frame with a dictionary", ErrUnsupported)
 		}
 		if h.content > f.limit {
-			return errBigFrame
+			return zstdFrame{}, errBigFrame
 		}
-		if err := f.take(h); err != nil {
-			return err
+		bound, err := f.take(h)
+		if err != nil {
+			return zstdFrame{}, err
 		}
-		f.blob = Range{f.at, f.at + int64(len(f.frame))}
-		if err := f.inflate(h.content); err != nil {
-			return err
+		blob := Range{f.at, f.at + int64(len(f.frame))}
+		if h.content > bound {
+			return zstdFrame{}, fmt.Errorf("%w: zstd frame at %d: %d bytes in blocks of at most %d", ErrInvalid, f.at, h.content, bound)
 		}
-		f.at = f.blob.End
-		return nil
+		if h.content >= 0 {
+			bound = h.content
+		}
+		f.at = blob.End
+		f.last = zstdFrame{blob: blob, content: h.content, bound: bound}
+		return f.last, nil
 	}
 }
 
-// take reads the whole frame into f.frame, its end found by walking the block headers.
-func (f *frameReader) take(h frameHeader) error {
+// take reads the whole frame into f.frame, its end found by walking the block headers, and says what its
+// blocks inflate to at most.
+func (f *frameReader) take(h frameHeader) (bound int64, err error) {
 	if err := f.read(h.size); err != nil {
-		return err
+		return 0, err
 	}
 	for last := false; !last; {
 		if err := f.read(3); err != nil {
-			return err
+			return 0, err
 		}
 		b := f.frame[len(f.frame)-3:]
 		head := int(b[0]) | int(b[1])<<8 | int(b[2])<<16
 		last = head&1 != 0
 		size := head >> 3
+		inflated := size
 		switch head >> 1 & 3 {
 		case 1: // one byte, repeated size times
 			size = 1
+		case 2:
+			inflated = zstdMaxBlock
 		case 3:
-			return fmt.Errorf("%w: reserved zstd block type at %d", ErrInvalid, f.at+int64(len(f.frame)))
+			return 0, fmt.Errorf("%w: reserved zstd block type at %d", ErrInvalid, f.at+int64(len(f.frame)))
 		}
-		if size > zstdMaxBlock {
-			return fmt.Errorf("%w: zstd block of %d bytes at %d", ErrInvalid, size, f.at+int64(len(f.frame)))
+		if max(size, inflated) > zstdMaxBlock {
+			return 0, fmt.Errorf("%w: zstd block of %d bytes at %d", ErrInvalid, max(size, inflated), f.at+int64(len(f.frame)))
 		}
+		bound += int64(inflated)
 		if int64(len(f.frame)+size) > f.limit+f.limit/8 {
-			return errBigFrame
+			return 0, errBigFrame
 		}
 		if err := f.read(size); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	if h.checksum {
-		return f.read(4)
+		return bound, f.read(4)
 	}
-	return nil
+	return bound, nil
 }
 
 func (f *frameReader) read(n int) error {
@@ -175,40 +196,6 @@ func (f *frameReader) read(n int) error {
 	f.frame = append(f.frame, make([]byte, n)...)
 	_, err := io.ReadFull(f.r, f.frame[at:])
 	return ended(err)
-}
-
-// inflate inflates the frame to size bytes, -1: as many as there are, up to the limit.
-func (f *frameReader) inflate(size int64) error {
-	malformed := func(err error) error {
-		return fmt.Errorf("%w: zstd frame at %d: %w", ErrInvalid, f.at, err)
-	}
-	if size >= 0 {
-		f.grow(int(size))
-		if err := unzstdExact(f.out, f.frame); err != nil {
-			return malformed(err)
-		}
-		return nil
-	}
-	for size = min(f.limit+1, 4*int64(len(f.frame))+zstdMaxBlock); ; size = min(f.limit+1, 4*size) {
-		f.grow(int(size))
-		n, err := readStream(f.out, f.frame)
-		switch {
-		case err != nil:
-			return malformed(err)
-		case int64(n) > f.limit:
-			return errBigFrame
-		case int64(n) < size:
-			f.out = f.out[:n]
-			return nil
-		}
-	}
-}
-
-func (f *frameReader) grow(n int) {
-	if cap(f.out) < n {
-		f.out = make([]byte, n)
-	}
-	f.out = f.out[:n]
 }
 
 // ended says that data which must follow does not.
