@@ -3,9 +3,9 @@ package inflate
 import "sync"
 
 const (
-	chunkSize = 512 << 10 // compressed bytes of a chunk, but in some tests
+	chunkSize = 1 << 20   // compressed bytes of a chunk, but in some tests: markers take up less of a large one
 	pieceSize = 1 << 20   // inflated bytes of a piece, about
-	maxPieces = 8         // a chunk that inflates to more is left to one core
+	maxPieces = 16        // a chunk that inflates to more is left to one core
 	wideSize  = 2 << 20   // inflated bytes of a chunk until its window must be known
 	stepSize  = 128 << 10 // inflated bytes until a worker looks about
 )

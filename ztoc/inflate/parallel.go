@@ -126,7 +126,7 @@ func (z *Reader) pump() {
 			s.crew.drop()
 			if s.crew.useless() {
 				z.leave(s.head.from, &s.head.window, inData)
-				z.hireAt = z.base + 64*s.crew.size
+				z.hireAt = z.base + 32*s.crew.size
 				return
 			}
 		}
@@ -155,7 +155,7 @@ func (z *Reader) take(c *chunk) bool {
 	s.first = z.zero + int64(z.d.wp)
 	if !c.ok || !z.check(c) {
 		z.leave(c.from, &c.window, inData)
-		z.hireAt = z.base + 8*s.crew.size
+		z.hireAt = z.base + 4*s.crew.size
 		return false
 	}
 	s.now, s.head = c, c.next
