@@ -31,7 +31,8 @@ func (codec) Name() string { return "muster" }
 
 func (codec) Marshal(v any) (mem.BufferSlice, error) {
 	if c, ok := v.(*chunk); ok {
-		return mem.BufferSlice{mem.SliceBuffer(c.b)}, nil
+		// A copy: SendMsg returns while the message is still queued, and the sender fills its buffer again.
+		return mem.BufferSlice{mem.Copy(c.b, mem.DefaultBufferPool())}, nil
 	}
 	b, err := json.Marshal(v)
 	return mem.BufferSlice{mem.SliceBuffer(b)}, err
