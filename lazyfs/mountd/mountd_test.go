@@ -66,6 +66,8 @@ type order struct {
 	Soon  bool // to find that readers are quiet
 
 	Private bool // for the one who mounts only, as users may
+
+	Copies string // directory for backing files; empty: none
 }
 
 func builder(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
@@ -120,6 +122,9 @@ func builder(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
 	}
 	config := lazyfs.Config{
 		Table: table, Layers: []lazyfs.Layer{{Ref: table.Layers()[0].Blob, Ztoc: z}}, Blobs: slowFile{blob, o.Delay},
+	}
+	if o.Copies != "" {
+		config.Backing, config.Blobs = copies{o.Copies}, localFile{slowFile{blob, o.Delay}}
 	}
 	if o.Soon {
 		config.Quiet, config.Idle = 100*time.Millisecond, 200*time.Millisecond
