@@ -97,7 +97,6 @@ type Gossip struct {
 
 	mu   sync.Mutex
 	self Member // what NodeMeta says
-	left bool
 }
 
 // StartGossip begins to gossip and to join the seeds. It does not wait until anybody has been reached: everything else works
@@ -290,6 +289,7 @@ func (g *Gossip) seed(ctx context.Context, alone bool) bool {
 	if err != nil {
 		g.o.Log.Warn("gossip: seeds", "err", err)
 	}
+	seeds = slices.Clone(seeds) // the list is its owner's
 	rand.Shuffle(len(seeds), func(i, j int) { seeds[i], seeds[j] = seeds[j], seeds[i] })
 	known := map[netip.AddrPort]bool{g.o.Self.Control: true}
 	for _, m := range g.Members() {
@@ -318,9 +318,6 @@ func (g *Gossip) others() []Member {
 // Leave tells the others that this host goes, and waits until one of them has been told.
 func (g *Gossip) Leave(ctx context.Context) error {
 	g.cancel() // run must not join again
-	g.mu.Lock()
-	g.left = true
-	g.mu.Unlock()
 	limit := 5 * time.Second
 	if d, ok := ctx.Deadline(); ok {
 		limit = max(time.Millisecond, time.Until(d))

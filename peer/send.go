@@ -18,7 +18,8 @@ type parent struct {
 	conn *session
 	wake chan struct{} // 1 deep: there is something for send to do
 
-	asker Asker // of the wants to come; used by listen only
+	priority ztoc.Priority // of all wants of the connection
+	asker    Asker         // of the wants to come; used by listen only
 
 	mu      sync.Mutex
 	wants   map[uint32]*want // open ones
@@ -94,7 +95,7 @@ func (p *parent) hear(ctx context.Context, h header) error {
 		if err != nil {
 			return err
 		}
-		if hello.Priority != p.asker.Priority {
+		if hello.Priority != p.priority {
 			return fmt.Errorf("%w: a connection keeps its priority", ErrProtocol)
 		}
 		p.asker.Hello = hello
@@ -168,7 +169,7 @@ func (p *parent) want(ctx context.Context, w *want) error {
 // open asks the Source. A Source that does not answer a reader in time is answered for.
 func (p *parent) open(ctx context.Context, w *want) (Blob, error) {
 	limit := opening
-	if w.asker.Priority == ztoc.Demand {
+	if p.priority == ztoc.Demand {
 		limit = decide
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
@@ -251,7 +252,7 @@ func (p *parent) arrived(w *want, r ztoc.Range) {
 // send writes until the connection ends.
 func (p *parent) send(ctx context.Context) {
 	defer p.quit()
-	demand := p.asker.Priority == ztoc.Demand
+	demand := p.priority == ztoc.Demand
 	beat := time.NewTicker(Beat)
 	defer beat.Stop()
 	silent := true // nothing written since the last tick
@@ -323,7 +324,7 @@ func (p *parent) meet() {
 	p.fresh = nil
 	p.mu.Unlock()
 	for _, w := range fresh {
-		if w.asker.Priority == ztoc.Prefetch {
+		if p.priority == ztoc.Prefetch {
 			w.stop = w.blob.Watch(func(r ztoc.Range) { p.arrived(w, r) })
 		}
 		missing := p.check(w, nil, 0, w.cut.len())
@@ -359,7 +360,7 @@ func (p *parent) check(w *want, missing []ztoc.Range, from, to int) []ztoc.Range
 		}
 		r := w.cut.item(i)
 		have := w.blob.Have(r)
-		wait := !have && w.asker.Priority == ztoc.Prefetch && w.blob.Promised(r)
+		wait := !have && p.priority == ztoc.Prefetch && w.blob.Promised(r)
 		if wait {
 			continue
 		}
@@ -426,7 +427,7 @@ func (p *parent) next() (it item, out []byte) {
 // piece sends one piece that was ready.
 func (p *parent) piece(ctx context.Context, it item) error {
 	r := it.w.cut.item(int(it.i))
-	priority := it.w.asker.Priority
+	priority := p.priority
 	var sent, missing ztoc.Range
 	for at := r.Start; at < r.End && missing.Empty(); {
 		if priority == ztoc.Prefetch {

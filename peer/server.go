@@ -22,8 +22,8 @@ type ServerOptions struct {
 	// Buffers is how many frames may be on their way into sockets at once, of FrameSize bytes each; demand has a quarter
 	// more of its own. Default 64: 8 MiB.
 	Buffers int
-	// Pieces is the most pieces that may be wanted of this server at once, over all children: 5 bytes of memory each.
-	// Default 4 million.
+	// Pieces is the most pieces that may be wanted of this server at once, over all children: a byte of memory for each
+	// that waits, 17 for each that is ready to be sent. Default 4 million.
 	Pieces int64
 	// Accept is how long one frame may take to be taken by the other end. Default 10 s: a child that takes less than
 	// 13 KB/s is cut off.
@@ -279,7 +279,7 @@ func (s *Server) ranges(ses *session) {
 	defer s.dismiss(ses.peer)
 	ctx, cancel := context.WithCancel(s.ctx)
 	defer cancel()
-	p := &parent{s: s, conn: ses, wake: make(chan struct{}, 1), wants: map[uint32]*want{}, asker: Asker{Name: ses.peer, Hello: hello}}
+	p := &parent{s: s, conn: ses, wake: make(chan struct{}, 1), wants: map[uint32]*want{}, asker: Asker{Name: ses.peer, Hello: hello}, priority: hello.Priority}
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		defer cancel() // the child has gone, or talks nonsense

@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/netip"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TCPOptions say how a host uses its data network. The zero value is fine.
@@ -62,6 +64,7 @@ func (t *tcp) allowed(addr string) error {
 }
 
 func (t *tcp) greet(ctx context.Context, conn net.Conn) (*session, error) {
+	lively(conn)
 	below := &batchConn{Conn: conn}
 	return t.shake(ctx, tls.Server(below, t.id.server()), below)
 }
@@ -77,6 +80,7 @@ func (t *tcp) dial(ctx context.Context, to Host, proto string) (*session, error)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", to, err)
 	}
+	lively(conn)
 	below := &batchConn{Conn: conn}
 	if proto == protoRanges {
 		below.in = bufio.NewReaderSize(conn, readBatch)
@@ -86,6 +90,25 @@ func (t *tcp) dial(ctx context.Context, to Host, proto string) (*session, error)
 		return nil, fmt.Errorf("%s: %w", to, err)
 	}
 	return s, nil
+}
+
+// unheard is how long bytes may go without an acknowledgement before a connection is given up. The kernel's own limit is a
+// quarter of an hour, for which a host that lost its power would keep its places here.
+const unheard = 15 * time.Second
+
+func lively(conn net.Conn) {
+	c, ok := conn.(*net.TCPConn)
+	if !ok {
+		return
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return
+	}
+	// Best effort: deadlines hold without it.
+	_ = raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(unheard.Milliseconds()))
+	})
 }
 
 func (t *tcp) shake(ctx context.Context, conn *tls.Conn, below *batchConn) (*session, error) {
