@@ -7,6 +7,7 @@ import "math"
 type Swarm struct {
 	Bytes  float64
 	Hosts  int
+	Leaves int     // of them, those that pass nothing on because they are known to be slow
 	Seeds  int     // hosts that fetch from the origin at one time
 	Fanout int     // children of a host in a tree
 	Piece  float64 // bytes that a host has before it passes them on
@@ -27,10 +28,15 @@ func (s Swarm) Fluid() float64 {
 	return max(over(s.Bytes, s.Origin), over(s.Bytes, s.Down), over(n*s.Bytes, s.all()))
 }
 
-// OneCopy is the same where the origin may send each byte only once, which is the point of a swarm: hosts send the N−1 other copies.
+// OneCopy is the same where the origin may send each byte only once, which is the point of a swarm: hosts that are not leaves send the N−1
+// other copies.
 func (s Swarm) OneCopy() float64 {
-	n := float64(s.Hosts)
-	return max(over(s.Bytes, s.Origin), over(s.Bytes, s.Down), over((n-1)*s.Bytes, n*s.Up))
+	return max(over(s.Bytes, s.Origin), over(s.Bytes, s.Down), s.sending())
+}
+
+// sending is how long the hosts that pass on are sending, were their links always busy.
+func (s Swarm) sending() float64 {
+	return over(float64(s.Hosts-1)*s.Bytes, float64(max(s.Hosts-s.Leaves, 1))*s.Up)
 }
 
 // Pipeline is how long trees of pieces take, in seconds:
@@ -51,7 +57,7 @@ func (s Swarm) Pipeline() float64 {
 	depth := float64(Depth(s.Hosts, s.Fanout))
 	drain := (float64(min(s.Seeds, s.Hosts)) + float64(min(s.Fanout, s.Hosts-1))*(depth-1)) * p
 	n := float64(s.Hosts)
-	load := min(1, max(over(s.Bytes, s.Down), over((n-1)*s.Bytes, n*s.Up))/t)
+	load := min(1, max(over(s.Bytes, s.Down), s.sending())/t)
 	if t == 0 {
 		load = 0
 	}

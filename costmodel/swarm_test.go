@@ -16,6 +16,8 @@ func TestSwarm(t *testing.T) {
 		{"fast origin", func(s *Swarm) { s.Origin *= 100 }, 9.6, 9.6},
 		{"slow origin", func(s *Swarm) { s.Origin /= 2 }, 19.2, 19.2},
 		{"hosts send at half", func(s *Swarm) { s.Up /= 2 }, 8 * 120e6 / (5 * 12.5e6), 7 * 120e6 / (4 * 12.5e6)},
+		{"half are leaves", func(s *Swarm) { s.Leaves = 4 }, 9.6, 7 * 120e6 / (4 * 12.5e6)},
+		{"all are leaves", func(s *Swarm) { s.Leaves = 8 }, 9.6, 7 * 9.6},
 		{"one host", func(s *Swarm) { s.Hosts, s.Seeds = 1, 1 }, 9.6, 9.6},
 		{"nothing", func(s *Swarm) { s.Bytes = 0 }, 0, 0},
 		{"links without limit", func(s *Swarm) { s.Origin, s.Up, s.Down = 0, 0, 0 }, 0, 0},

@@ -164,6 +164,14 @@ func (p *Plan) Depth(tree, host int) int {
 // Deputies is how many hosts stand in for a root at most.
 const Deputies = 2
 
+// Deputies are the hosts that stand in for a tree's root when it is gone.
+func (p *Plan) Deputies(tree int) (list []int) {
+	for _, d := range p.trees[tree].deputies {
+		list = append(list, int(d))
+	}
+	return list
+}
+
 // Ancestors are the hosts that host may ask for a tree's pieces and wait for, in the order in which to try them: the parent, its parent and so
 // on to the root, then the root's deputies: the first hosts in the tree's order that may reach the origin. All stand before host. A host that
 // has tried them in vain, or has none, asks holders and, if it may, the origin.

@@ -218,6 +218,11 @@ func describePlan(ref string, p *planner.Plan, f planFlags) *planned {
 		Bytes: float64(d.Bytes), Hosts: n, Seeds: len(p.Seeds()), Fanout: d.Fanout, Piece: float64(d.Piece),
 		Origin: d.OriginLink * 1e6 / 8, Up: d.Link * 1e6 / 8, Down: d.Link * 1e6 / 8, Hop: 0.001,
 	}
+	for _, h := range spec.Hosts {
+		if h.Slow {
+			swarm.Leaves++
+		}
+	}
 	d.Fluid, d.Time = swarm.Fluid(), swarm.Pipeline()
 	d.Apart = max(float64(n)*swarm.Bytes/swarm.Origin, swarm.Bytes/swarm.Down)
 	return d
