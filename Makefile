@@ -30,13 +30,13 @@ test: setup lint build
 	$(GO) run ./tests/gate ./...
 
 unit: build
-	$(GO) run ./tests/gate $$($(GO) list ./... | grep -v /tests/e2e)
+	$(GO) run ./tests/gate $$($(GO) list ./... | grep -v -e /tests/e2e -e /tests/cluster)
 
 e2e: setup build
-	$(GO) run ./tests/gate ./tests/e2e/...
+	$(GO) run ./tests/gate ./tests/e2e/... ./tests/cluster/...
 
 e2e-long: setup build
-	MUSTER_LONG=1 $(GO) run ./tests/gate -timeout 60m ./tests/e2e/... ./lazyfs/mountd ./peer/...
+	MUSTER_LONG=1 $(GO) run ./tests/gate -timeout 60m ./tests/e2e/... ./tests/cluster/... ./lazyfs/mountd ./peer/...
 
 lint:
 	@out=$$($(GO) tool gofumpt -l .); if [ -n "$$out" ]; then echo "not formatted by gofumpt:"; echo "$$out"; exit 1; fi
@@ -45,7 +45,7 @@ lint:
 
 # The race detector needs cgo.
 race:
-	CGO_ENABLED=1 $(GO) run ./tests/gate -race $$($(GO) list ./... | grep -v /tests/e2e)
+	CGO_ENABLED=1 $(GO) run ./tests/gate -race $$($(GO) list ./... | grep -v -e /tests/e2e -e /tests/cluster)
 
 # Every fuzz target there is, FUZZTIME each.
 FUZZTIME ?= 30s
@@ -59,9 +59,9 @@ fuzz:
 	MUSTER_STREAMS=1000000 $(GO) test -timeout 60m -run TestZlib ./ztoc/inflate
 
 # Each bench prints a table and writes build/bench/NAME.json.
-bench: bench-inflate bench-ztoc bench-read bench-mount bench-start
+bench: bench-inflate bench-ztoc bench-read bench-mount bench-start bench-swarm
 
-bench-start bench-read bench-mount bench-ztoc bench-inflate: bench-%: build
+bench-start bench-read bench-mount bench-ztoc bench-inflate bench-swarm: bench-%: build
 	tests/setup bench
 	$(GO) run ./tests/bench/$*
 

@@ -2,6 +2,8 @@ package lab
 
 import (
 	"bufio"
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -9,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 )
 
@@ -25,11 +28,13 @@ type Host struct {
 	addr string
 	rate int
 	node node // its agent
+
+	behind sync.WaitGroup // readers of commands that go on
 }
 
 // hold is what keeps a host's namespaces: process 1 of them, which collects whoever loses his parent.
 const hold = `mount --make-rprivate / && mount -t proc proc /proc && hostname "$1" && ip link set lo up || exit 1
-echo up
+echo up; exec 2>/dev/null
 while :; do sleep 3600 & wait; done`
 
 func (l *Lab) newHost(name string, _ int) (*Host, error) {
@@ -64,6 +69,7 @@ func (l *Lab) newHost(name string, _ int) (*Host, error) {
 func (h *Host) close() {
 	h.init.Process.Kill() //nolint:errcheck
 	<-h.done
+	h.behind.Wait()
 	h.node.ended()
 }
 
@@ -73,6 +79,57 @@ func (h *Host) Command(name string, args ...string) *exec.Cmd {
 	cmd := exec.Command("nsenter", append(enter, args...)...)
 	cmd.Dir = "/"
 	return cmd
+}
+
+// Until runs a command that Command has made until it prints the line, or ends. It goes on running after that: see Sweep.
+func (h *Host) Until(ctx context.Context, cmd *exec.Cmd, line string) error {
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, h.Sweep)
+	defer stop()
+	found := make(chan bool, 1)
+	h.behind.Go(func() {
+		s := bufio.NewScanner(out)
+		for s.Scan() {
+			if s.Text() == line {
+				select {
+				case found <- true:
+				default:
+				}
+			}
+		}
+		cmd.Wait() //nolint:errcheck // what was wanted of it was the line
+		found <- false
+	})
+	if <-found {
+		return nil
+	}
+	return fmt.Errorf("on %s: %s ended without %q: %s", h.Name, name(cmd), line, last(errs.String(), 1000))
+}
+
+// name is what a command runs.
+func name(cmd *exec.Cmd) string {
+	for i, a := range cmd.Args {
+		if a == "--" && i+1 < len(cmd.Args) {
+			return filepath.Base(cmd.Args[i+1])
+		}
+	}
+	return cmd.Path
+}
+
+// Sweep kills every process of the host, its agent too.
+func (h *Host) Sweep() {
+	// Process 1 of the namespace is spared: kill(-1) reaches all others.
+	exec.Command("nsenter", "-t", strconv.Itoa(h.pid), "-m", "-p", "--", "bash", "-c", "kill -KILL -1").Run() //nolint:errcheck // it kills itself too
+	h.behind.Wait()
+	h.node.ended()
 }
 
 // pidOf is the process that nsenter runs for a started Command, as seen from outside.

@@ -48,11 +48,10 @@ type Lab struct {
 }
 
 const (
-	network    = "10.78."
-	originIP   = network + "0.1"
-	originPort = "5000"
-	// OriginAddr is the registry as hosts name it.
-	OriginAddr = originIP + ":" + originPort
+	network = "10.78."
+	// OriginIP is where the registry's link leads; OriginAddr is the registry as hosts name it.
+	OriginIP   = network + "0.1"
+	OriginAddr = OriginIP + ":5000"
 	// AgentPort is where agents listen.
 	AgentPort = 7464
 )
@@ -90,7 +89,7 @@ func New(ctx context.Context, o Options) (_ *Lab, err error) {
 	if o.OriginRate == 0 {
 		o.OriginRate = o.Rate
 	}
-	if err := l.connect(l.reg, originIP, o.OriginRate); err != nil {
+	if err := l.connect(l.reg, OriginIP, o.OriginRate); err != nil {
 		return nil, err
 	}
 	for i := range o.Hosts {
@@ -159,6 +158,12 @@ func (l *Lab) Close() {
 
 // OriginSent is the bytes that the registry has sent over its link, headers of all kinds included.
 func (l *Lab) OriginSent() int64 { _, tx := l.reg.Counters(); return tx }
+
+// OriginCommand is a command on the machine that the registry's link leads to. SweepOrigin ends what still runs there.
+func (l *Lab) OriginCommand(name string, args ...string) *exec.Cmd {
+	return l.reg.Command(name, args...)
+}
+func (l *Lab) SweepOrigin() { l.reg.Sweep() }
 
 // OriginCut takes the registry's link down, without a word to anybody; OriginHeal brings it back.
 func (l *Lab) OriginCut() error  { return l.reg.Cut() }
