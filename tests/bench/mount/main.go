@@ -6,6 +6,7 @@
 //  2. pauses.go: server, parent and both with a keeper are killed, and upgrades made; how long until the mount answers.
 //  3. beside.go: a loop of fixed work on every core, beside nothing, an idle mount, a mount that fetches its whole image in
 //     the background, and a plain download at the same rate, in turns.
+//  4. read.go: reading with a cold page cache when everything is local, with and without backing files, beside ext4.
 //
 // Each step adds rows; the order is that of steps.
 package main
@@ -34,6 +35,7 @@ var steps = []struct {
 }{
 	{"pauses", (*bench).pauses},
 	{"beside", (*bench).beside},
+	{"reads", (*bench).reads},
 }
 
 func main() {
@@ -65,6 +67,7 @@ var roles = map[string]func(args []string) error{
 	"as-loop":     loop,
 	"as-keeper":   keep,
 	"as-download": download,
+	"as-program":  touchSelf,
 }
 
 type bench struct {
