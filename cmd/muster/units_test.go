@@ -24,12 +24,11 @@ func TestUnits(t *testing.T) {
 			if !strings.HasPrefix(key, "Exec") {
 				continue
 			}
-			commands++
 			args := strings.Fields(strings.TrimLeft(value, "-+!@:"))
 			if len(args) < 2 || args[0] != "/usr/bin/muster" {
-				t.Errorf("%s: %s is no command of muster", filepath.Base(name), line)
-				continue
+				continue // kill, for instance
 			}
+			commands++
 			a := &app{out: os.Stdout, err: os.Stderr}
 			cmd, rest, err := a.command().Find(args[1:])
 			if err == nil {
@@ -43,7 +42,7 @@ func TestUnits(t *testing.T) {
 			}
 		}
 		if commands == 0 {
-			t.Errorf("%s runs nothing", filepath.Base(name))
+			t.Errorf("%s runs nothing of muster", filepath.Base(name))
 		}
 		if strings.Contains(string(b), "muster mount") && !strings.Contains(string(b), "KillMode=process") {
 			t.Errorf("%s: a restart would kill the mount's processes", filepath.Base(name))
