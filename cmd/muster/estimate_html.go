@@ -19,7 +19,7 @@ func estimatePage(w io.Writer, e *estimation) error {
 }
 
 var estimateBody = template.Must(template.New("estimate").Funcs(template.FuncMap{
-	"took": took, "dollars": dollars, "cents": cents, "figure": figure, "bytes": func(v float64) string { return megabytes(int64(v)) },
+	"took": took, "dollars": dollars, "cents": cents, "figure": figure, "bytes": carried,
 	"amount": amount, "unit": shownUnit, "mega": func(v float64) string { return fmt.Sprintf("%.1f", v/1e6) },
 	"seconds": func(v float64) string { return fmt.Sprintf("%.1f", v) },
 	"times": func(all []costmodel.Outcome) template.HTML {
@@ -42,9 +42,9 @@ var estimateBody = template.Must(template.New("estimate").Funcs(template.FuncMap
 	"egress": func(all []costmodel.Outcome) template.HTML {
 		var bars []chartBar
 		for _, o := range all {
-			bars = append(bars, chartBar{label: o.Label, value: o.Egress.Mid, low: o.Egress.Low, high: o.Egress.High, text: megabytes(int64(o.Egress.Mid)), hint: dollars(o.EgressCost.Mid)})
+			bars = append(bars, chartBar{label: o.Label, value: o.Egress.Mid, low: o.Egress.Low, high: o.Egress.High, text: carried(o.Egress.Mid), hint: dollars(o.EgressCost.Mid)})
 		}
-		return barChart(bars, 1e6, func(v float64) string { return megabytes(int64(v)) })
+		return barChart(bars, 1e6, carried)
 	},
 }).Parse(`<h1>What it costs to start</h1>
 <p class="note">{{.Hosts}} hosts, {{len .Images}} pulls one after another; hosts keep the layers they have. Fitted parameters: {{.Model}}.</p>

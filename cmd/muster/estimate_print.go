@@ -21,14 +21,14 @@ func printEstimate(w io.Writer, e *estimation) {
 			fmt.Fprintf(tw, "and %d more\n", len(e.Images)-i)
 			break
 		}
-		fmt.Fprintf(tw, "%s\t%s\t%d\t%s\t%d\n", s.Image, megabytes(int64(s.Bytes)), s.Layers, megabytes(int64(s.NewBytes)), s.NewLayer)
+		fmt.Fprintf(tw, "%s\t%s\t%d\t%s\t%d\n", s.Image, carried(s.Bytes), s.Layers, carried(s.NewBytes), s.NewLayer)
 	}
 	_ = tw.Flush()
 	fmt.Fprintln(w)
 	fmt.Fprintln(tw, "STRATEGY\tMEDIAN HOST\tSLOWEST HOST\tINTERVAL\tMOST BY\tNODE-HOURS\tCOST\tINTERVAL\tFROM REGISTRY\tCOST")
 	for _, o := range e.Strategies {
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%s to %s\t%s\t%s\t%s\t%s to %s\t%s\t%s\n", o.Label, took(o.Median.Mid), took(o.Slowest.Mid), took(o.Slowest.Low), took(o.Slowest.High),
-			o.Slowest.Main, figure(o.NodeHours.Mid), dollars(o.Cost.Mid), dollars(o.Cost.Low), dollars(o.Cost.High), megabytes(int64(o.Egress.Mid)), dollars(o.EgressCost.Mid))
+			o.Slowest.Main, figure(o.NodeHours.Mid), dollars(o.Cost.Mid), dollars(o.Cost.Low), dollars(o.Cost.High), carried(o.Egress.Mid), dollars(o.EgressCost.Mid))
 	}
 	_ = tw.Flush()
 	fmt.Fprintln(w, "\nA job starts when its last host does: all hosts wait for the slowest. Done before, and not counted:")
@@ -54,6 +54,14 @@ func printSharing(w io.Writer, s costmodel.Sharing) {
 		s.Images, megabytes(int64(s.Shared)), megabytes(int64(s.Unshared)), megabytes(int64(s.Best)))
 	fmt.Fprintf(w, "It saves %.1f to %.1f s and %s to %s at the rate given (all hosts: %s per hour); %.1f s and %s at the study's median of %.1f MB/s.\n",
 		s.SavedGiven.Low, s.SavedGiven.High, cents(s.SavedCost.Low), cents(s.SavedCost.High), cents(s.HourlyPrice), s.SavedStudy, cents(s.StudyCost), s.StudyRate/1e6)
+}
+
+// carried writes bytes for people; nothing is 0.
+func carried(bytes float64) string {
+	if bytes < 1 {
+		return "0"
+	}
+	return megabytes(int64(bytes))
 }
 
 // took writes seconds for people.
