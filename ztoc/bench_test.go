@@ -34,15 +34,23 @@ func BenchmarkInflateOnly(b *testing.B) {
 func BenchmarkBuild(b *testing.B) {
 	layer, blob := benchLayer(b)
 	for _, c := range []struct {
-		name string
-		blob []byte
-		diff bool
-	}{{"gzip", blob, false}, {"gzip+diffID", blob, true}, {"tar", layer, false}, {"zstd", zsFrames(b, layer, 1<<20), false}} {
+		name  string
+		blob  []byte
+		diff  bool
+		cores int
+	}{
+		{"gzip", blob, false, 1},
+		{"gzip+diffID", blob, true, 1},
+		{"gzip, two cores", blob, false, 2},
+		{"tar", layer, false, 1},
+		{"zstd", zsFrames(b, layer, 1<<20), false, 1},
+		{"zstd, two cores", zsFrames(b, layer, 1<<20), false, 2},
+	} {
 		b.Run(c.name, func(b *testing.B) {
 			b.SetBytes(int64(len(layer)))
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, _, err := Build(bytes.NewReader(c.blob), BuildOptions{HashInflated: c.diff}); err != nil {
+				if _, _, err := Build(bytes.NewReader(c.blob), BuildOptions{HashInflated: c.diff, Cores: c.cores}); err != nil {
 					b.Fatal(err)
 				}
 			}

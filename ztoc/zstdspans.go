@@ -111,7 +111,8 @@ func (z *zstdSpans) asStream(frame []byte) (err error) {
 	return err
 }
 
-// ahead takes as many batches as may be under way.
+// ahead takes as many batches as may be under way. It stops behind a frame that does not say its size
+// and may be too large.
 func (z *zstdSpans) ahead() {
 	cores := z.l.o.Cores
 	var bound int64
@@ -147,7 +148,7 @@ func (z *zstdSpans) take() *batch {
 	}
 	b.data, b.frames, b.bound = b.data[:0], b.frames[:0], 0
 	if n := len(z.queue); n > 0 && z.queue[n-1].bound > z.f.limit {
-		return b // that may yet turn out to be too large, and then what follows is for the stream
+		return b // that frame may yet turn out to be too large, and then what follows is for the stream
 	}
 	for z.err == nil && b.bound < min(batchSize, z.f.limit) {
 		z.l.ahead = z.f.at - z.done
@@ -155,8 +156,8 @@ func (z *zstdSpans) take() *batch {
 		if f, z.err = z.f.next(); z.err != nil {
 			break
 		}
-		if f.bound > z.f.limit && len(b.frames) > 0 { // the same
-			z.f.again = true
+		if f.bound > z.f.limit && len(b.frames) > 0 {
+			z.f.again = true // it gets a batch of its own
 			break
 		}
 		f.at = len(b.data)

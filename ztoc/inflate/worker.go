@@ -9,7 +9,7 @@ import (
 type worker struct {
 	crew *crew
 	d    decoder
-	in   [inSize]byte // d.in is its valid part
+	in   [inSize]byte // input that is copied together, see fill
 	base int64        // offset in the file of d.in[0]
 
 	// The chunk at work. Its output is first in wide, which has nwide elements behind the window once
@@ -26,6 +26,7 @@ type worker struct {
 
 var wides = sync.Pool{New: func() any {
 	b := make([]uint16, windowSize+wideSize+maxMatch+slack)
+	markWindow(b) // for good: what is decoded stands behind it
 	return &b
 }}
 
@@ -163,7 +164,6 @@ func (w *worker) widen() {
 	if w.wide == nil {
 		w.wide = *wides.Get().(*[]uint16)
 	}
-	markWindow(w.wide)
 	d := &w.d
 	d.wide, d.wp, d.lo, d.end = w.wide, windowSize, 0, windowSize+stepSize
 }
