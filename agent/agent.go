@@ -56,6 +56,9 @@ type Options struct {
 	Prestage  []string
 	Images    func(ref string) error // whether an image may be staged at all; nil: every one
 
+	// FetchOn has stages go on while a job's tasks run here; ServeOthers has their hosts' bytes passed on meanwhile.
+	FetchOn, ServeOthers bool
+
 	// Requests is the most requests to the origin at once, for each job. Default 4: with 16 seeds that is 64 connections.
 	Requests int
 	// Patience is how long a stage goes on asking an origin that fails. Default 1 minute.
@@ -117,10 +120,10 @@ type Agent struct {
 	client  *peer.Client
 	server  *peer.Server
 	metrics *metrics
+	keeper  *mountd.Keeper      // of the mounts
 	inflate *semaphore.Weighted // how many layers are inflated at once
 
 	ctx    context.Context // of all jobs
-	keeper  *mountd.Keeper      // of the mounts
 	cancel context.CancelCauseFunc
 	jobsWG sync.WaitGroup
 
@@ -129,13 +132,15 @@ type Agent struct {
 
 	addr string // where other hosts find this one; set by Start
 
-	mu       sync.Mutex
-	gossip   *peer.Gossip    // nil: none
-	jobs     map[string]*job // by order id
-	plans    map[string]*job // by plan id, those whose plan is known
-	news     chan struct{}   // closed and replaced when one of them changes
-	draining bool
-	drained  chan struct{} // closed when drain has returned
+	mu           sync.Mutex
+	gossip       *peer.Gossip    // nil: none
+	jobs         map[string]*job // by order id
+	plans        map[string]*job // by plan id, those whose plan is known
+	news         chan struct{}   // closed and replaced when one of them changes
+	tasks        map[string]bool // jobs whose tasks run here
+	tasksChanged chan struct{}   // closed and replaced when tasks do
+	draining     bool
+	drained      chan struct{} // closed when drain has returned
 }
 
 // errStopped ends jobs when the agent does.
@@ -149,14 +154,14 @@ func New(o Options) (*Agent, error) {
 	}
 	a := &Agent{
 		o: o, log: o.Log, began: time.Now(), shelf: newShelf(o.Store), inflate: semaphore.NewWeighted(int64(runtime.GOMAXPROCS(0))),
-		jobs: map[string]*job{}, plans: map[string]*job{}, news: make(chan struct{}), drained: make(chan struct{}),
+		jobs: map[string]*job{}, plans: map[string]*job{}, tasks: map[string]bool{}, tasksChanged: make(chan struct{}), news: make(chan struct{}), drained: make(chan struct{}),
 		holders: peer.NewHolderTable(0), announced: make(chan struct{}, 1),
+		keeper: mountd.NewKeeper(o.Log, o.MountConf.Log),
 	}
 	a.ctx, a.cancel = context.WithCancelCause(context.Background())
 	a.metrics = newMetrics(a)
 	a.client = peer.NewClient(o.Network, o.Peer)
 	a.server = peer.NewServer(o.Network, a, o.Serve)
-		keeper: mountd.NewKeeper(o.Log, o.MountConf.Log),
 	a.handle()
 	return a, nil
 }
@@ -253,12 +258,12 @@ func (a *Agent) drain() {
 func (a *Agent) close() {
 	a.cancel(errStopped)
 	a.jobsWG.Wait()
+	a.keeper.Close() // the mounts go on
 	if a.gossip != nil {
 		_ = a.gossip.Close()
 	}
 	_ = a.client.Close()
 	_ = a.server.Close()
-	a.keeper.Close() // the mounts go on
 	a.mu.Lock()
 	jobs := a.jobs
 	a.jobs, a.plans = map[string]*job{}, map[string]*job{}
@@ -289,7 +294,7 @@ func (a *Agent) begin(o order) (*job, error) {
 		select {
 		case <-j.over: // it failed: another try
 			a.forget(j)
-			go j.release()
+			a.jobsWG.Go(j.release)
 		default:
 			return j, nil
 		}
@@ -307,11 +312,7 @@ func (a *Agent) begin(o order) (*job, error) {
 func (a *Agent) start(j *job) {
 	a.jobs[j.id] = j
 	a.wake()
-	a.jobsWG.Add(1)
-	go func() {
-		defer a.jobsWG.Done()
-		j.run()
-	}()
+	a.jobsWG.Go(j.run)
 }
 
 // forget takes a job off the lists. The caller holds a.mu.

@@ -22,8 +22,9 @@ var (
 )
 
 type stateAsk struct {
-	ID      string `json:"id"`
-	Version int    `json:"version"` // that the asker has; -1: none
+	ID      string        `json:"id"`
+	Version int           `json:"version"` // that the asker has; -1: none
+	Every   time.Duration `json:"every"`   // how often it wants to hear of progress
 }
 
 type stateAnswer struct {
@@ -133,7 +134,7 @@ func (a *Agent) stateOf(ctx context.Context, q stateAsk) (stateAnswer, error) {
 	if j == nil {
 		return stateAnswer{}, peer.ErrNotHere
 	}
-	tick := time.NewTimer(stateEvery)
+	tick := time.NewTimer(min(max(q.Every, stateEvery), 5*time.Second))
 	defer tick.Stop()
 	for {
 		s, version, changed := j.status()

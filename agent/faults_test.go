@@ -9,7 +9,6 @@ import (
 
 	"github.com/muster-hpc/muster/agent"
 	"github.com/muster-hpc/muster/agent/control"
-	"github.com/muster-hpc/muster/tests/registry"
 )
 
 // A host whose disk has rotted passes wrong bytes on. Everybody ends with right ones, and little leaves the origin again.
@@ -48,7 +47,7 @@ func TestLyingHost(t *testing.T) {
 	for _, n := range nodes {
 		w.verify(n)
 	}
-	w.originBytes(2.5)
+	w.originBytes(1.5)
 }
 
 // A host that dies in the middle costs the others little.
@@ -84,7 +83,17 @@ func TestHostDiesInTheMiddle(t *testing.T) {
 	}
 	w.net.Heal("n2")
 	r := <-done
-	t.Logf("origin %.2f × image", float64(w.proxy.Bytes(registry.Match{Kind: registry.Blob}))/float64(w.size))
+	var origin int64 // n2 goes on alone, and from the origin
+	for _, n := range []*node{nodes[0], nodes[1], nodes[3]} {
+		s, err := n.client.Status(t.Context(), control.StatusRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		origin += s.Bytes.Origin
+	}
+	if times := float64(origin) / float64(w.size); times > 1.2 {
+		t.Errorf("the others took the image %.2f times from the origin", times)
+	}
 	if r != nil && r.Failed > 1 {
 		t.Errorf("%d hosts failed", r.Failed)
 	}
@@ -155,4 +164,40 @@ func (w *world) forgetBytes(n *node) {
 			w.t.Fatal(err)
 		}
 	}
+}
+
+// While a job's tasks run, bytes stand still, but for those that somebody reads; afterwards they go on.
+func TestJobsComeFirst(t *testing.T) {
+	w := newWorld(t, 6<<20, 2<<20)
+	nodes := w.swarm(2, func(_ int, o *agent.Options) { o.ServeOthers = true })
+	tasks := func(n *node, running bool) {
+		t.Helper()
+		if err := n.client.Tasks(t.Context(), control.TasksRequest{Job: "other", Running: running}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range nodes {
+		tasks(n, true)
+	}
+	done := make(chan *control.Report, 1)
+	go func() {
+		r, err := nodes[0].client.Stage(t.Context(), control.StageRequest{Image: w.image, Hosts: hosts(2), Ready: control.Complete, UID: -1, NoMount: true}, nil)
+		if err != nil {
+			t.Error(err)
+		}
+		done <- r
+	}()
+	time.Sleep(500 * time.Millisecond)
+	for _, n := range nodes {
+		if s, err := n.client.Status(t.Context(), control.StatusRequest{}); err != nil || s.Bytes.Origin+s.Bytes.Peer > 0 {
+			t.Errorf("%s: %+v, %v", n.name, s.Bytes, err)
+		}
+	}
+	for _, n := range nodes {
+		tasks(n, false)
+	}
+	if r := <-done; r == nil || r.Failed > 0 {
+		t.Errorf("%+v", r)
+	}
+	w.originBytes(1.03)
 }

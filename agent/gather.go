@@ -174,9 +174,9 @@ func (g *gathering) follow(ctx context.Context, i int) {
 	for {
 		var r stateAnswer
 		if here {
-			r, err = g.a.stateOf(ctx, stateAsk{id, version})
+			r, err = g.a.stateOf(ctx, stateAsk{id, version, g.every()})
 		} else {
-			r, err = peer.Ask(ctx, g.a.client, h, stateQuestion, stateAsk{id, version})
+			r, err = peer.Ask(ctx, g.a.client, h, stateQuestion, stateAsk{id, version, g.every()})
 		}
 		switch {
 		case ctx.Err() != nil:
@@ -184,12 +184,20 @@ func (g *gathering) follow(ctx context.Context, i int) {
 		case err != nil && time.Since(silent) > hostSilence:
 			fail(fmt.Errorf("host %s: no answer for %v: %w", h.Name, hostSilence, err))
 			return
+		case errors.Is(err, peer.ErrNotHere) && !here: // its agent was started again in the middle
+			if err := g.beginAt(ctx, h); err != nil {
+				fail(fmt.Errorf("host %s: %w", h.Name, err))
+				return
+			}
+			version = -1
 		case err != nil:
 			select {
 			case <-time.After(stateEvery):
 			case <-ctx.Done():
 				return
 			}
+		}
+		if err != nil {
 			continue
 		}
 		silent, version = time.Now(), r.Version
@@ -199,6 +207,11 @@ func (g *gathering) follow(ctx context.Context, i int) {
 			return
 		}
 	}
+}
+
+// every is how often a host tells how it comes along: with many hosts less often, so that listening stays cheap. The end is told at once.
+func (g *gathering) every() time.Duration {
+	return min(max(stateEvery, time.Duration(len(g.o.Hosts))*3*time.Millisecond), 5*time.Second)
 }
 
 // How long a host may be silent: until it has taken the order, and after that.

@@ -52,7 +52,11 @@ func (j *job) heal(ctx context.Context, n int, cause error) error {
 	for _, x := range bad {
 		_, r := j.plan.Range(x)
 		j.setBrought(x, originHost)
-		if err := j.chain.Ensure(ctx, b.BlobRef, r, ztoc.Prefetch); err != nil {
+		p, err := j.proper(ctx, n, r)
+		if err == nil {
+			err = j.chain.Give(b.BlobRef, p, r.Start)
+		}
+		if err != nil {
 			return fmt.Errorf("layer %s: %w", b.Digest, err)
 		}
 	}
@@ -123,16 +127,31 @@ func (j *job) wrongSpans(n int, packed []byte) []planner.Piece {
 // sameAtOrigin reports whether the origin has the same bytes for a piece.
 func (j *job) sameAtOrigin(ctx context.Context, n int, x planner.Piece) (bool, error) {
 	_, r := j.plan.Range(x)
-	body, err := source{j}.Blob(ctx, j.spec.Blobs[n].Digest, r)
+	theirs, err := j.proper(ctx, n, r)
 	if err != nil {
 		return false, err
 	}
-	defer body.Close()
-	theirs, ours := make([]byte, r.Len()), make([]byte, r.Len())
-	if _, err := io.ReadFull(body, theirs); err != nil {
-		return false, err
-	}
+	ours := make([]byte, r.Len())
 	return j.blobs[n].blob.ReadAt(ours, r.Start) == nil && bytes.Equal(ours, theirs), nil
+}
+
+// proper reads r of a layer from the origin, and from other hosts, which may have it from a liar, only when that fails. A host that may not ask
+// the origin has nobody else.
+func (j *job) proper(ctx context.Context, n int, r ztoc.Range) ([]byte, error) {
+	d, p := j.spec.Blobs[n].Digest, make([]byte, r.Len())
+	var body io.ReadCloser
+	var err error
+	if j.a.o.Seed(j.a.o.Name) {
+		body, err = source{j}.fromOrigin(ctx, d, r)
+	} else {
+		body, err = j.fromHosts(ctx, d, r, j.others())
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	_, err = io.ReadFull(body, p)
+	return p, err
 }
 
 // broughtBy is who brought a piece.

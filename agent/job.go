@@ -72,6 +72,7 @@ type job struct {
 	tables sync.Map // ztoc.Digest of a layer → *tableState
 
 	originGone atomic.Bool // the origin was asked in vain, and has given nothing since
+	begunLate  atomic.Bool // others have brought this host's part, or some of it
 	gaveUp     atomic.Bool // nothing is promised to others any more
 
 	// Bytes and requests by source.

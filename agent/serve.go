@@ -23,6 +23,9 @@ func (a *Agent) Open(ctx context.Context, from peer.Asker, d ztoc.Digest) (peer.
 			return nil, fmt.Errorf("%w: %s is no host of the job", peer.ErrDenied, from.Name)
 		}
 	}
+	if from.Priority == ztoc.Prefetch && !a.serves(j) {
+		return nil, peer.ErrBusy
+	}
 	h := a.shelf.find(d)
 	if h == nil {
 		return nil, peer.ErrNotHere

@@ -39,11 +39,17 @@ func (s source) Blob(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io.ReadC
 	if !j.a.o.Seed(j.a.o.Name) {
 		return j.fromHosts(ctx, d, r, j.others())
 	}
-	if j.originGone.Load() || j.substitute(n, r) { // somebody else may have it by now
+	if j.originGone.Load() || j.begunLate.Load() || j.substitute(n, r) { // somebody else may have it by now
 		if body, err := j.fromHosts(ctx, d, r, j.others()); err == nil {
 			return body, nil
 		}
 	}
+	return s.fromOrigin(ctx, d, r)
+}
+
+// fromOrigin opens bytes r of a layer at the origin, or, when that fails, at the other hosts.
+func (s source) fromOrigin(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io.ReadCloser, error) {
+	j := s.j
 	if err := j.beQuiet(ctx); err != nil {
 		return nil, err
 	}

@@ -24,8 +24,8 @@ func (j *job) stage(ctx context.Context) error {
 
 	j.phase("fetch")
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return j.take(ctx) }) // every piece into the store, and on to others as they come
-	g.Go(func() error {                       // the tables, and with them the tree
+	g.Go(func() error { return j.takeWhenIdle(ctx) }) // every piece into the store, and on to others as they come
+	g.Go(func() error {                               // the tables, and with them the tree
 		img, err := j.meta(ctx)
 		if err != nil {
 			return err
@@ -55,8 +55,13 @@ func (j *job) run() {
 	if limit <= 0 {
 		limit = stageTimeout
 	}
-	ctx, cancel := context.WithTimeoutCause(j.ctx, limit, fmt.Errorf("not staged within %v: %w", limit, context.DeadlineExceeded))
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(j.ctx)
+	defer cancel(nil)
+	defer time.AfterFunc(limit, func() { // what comes after the asked readiness has all the time in the world
+		if s, _, _ := j.status(); !s.Done() {
+			cancel(fmt.Errorf("not staged within %v: %w", limit, context.DeadlineExceeded))
+		}
+	}).Stop()
 	err := j.stage(ctx)
 	if err == nil {
 		j.a.log.Info("staged", "job", j.id, "image", j.asked().Image, "took", time.Since(j.began))
@@ -73,6 +78,10 @@ func (j *job) run() {
 		close(j.frozen)
 	}
 	if errors.Is(err, errUnstaged) || errors.Is(err, errStopped) {
+		return
+	}
+	if s, _, _ := j.status(); s.Done() { // as ready as was asked for; readers bring what is missing
+		j.a.log.Warn("an image is not complete", "job", j.id, "image", j.asked().Image, "cause", err)
 		return
 	}
 	j.fail(err)

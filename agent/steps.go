@@ -52,9 +52,9 @@ const runsAtOnce = 2
 
 // take brings everything. It returns when every piece is in the store.
 func (j *job) take(ctx context.Context) error {
-	ctx, cancel := context.WithCancelCause(ctx)
+	taking, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	g, ctx := errgroup.WithContext(ctx)
+	g, ctx := errgroup.WithContext(taking)
 	in := &intake{
 		j: j, group: g, ctx: ctx, cancel: cancel, pieces: make([][]planner.Piece, j.plan.Trees()),
 		feeds: map[int]*feed{}, no: map[int]map[int]bool{},
@@ -71,10 +71,11 @@ func (j *job) take(ctx context.Context) error {
 	}
 	g.Go(in.watch)
 	g.Go(in.referee)
-	if err := g.Wait(); err != nil && !errors.Is(err, errAllHere) {
-		return err
+	err := g.Wait()
+	if errors.Is(context.Cause(taking), errAllHere) {
+		return nil // and what else ended, ended because of that
 	}
-	return nil
+	return err
 }
 
 // errAllHere ends what still waits when every piece has come, some of them another way.
@@ -92,8 +93,35 @@ func (in *intake) runs() error {
 	if err := in.bringAll(runs[:layers]); err != nil {
 		return err
 	}
-	return in.bringAll(append(in.first(runs[layers:]), runs[layers:]...))
+	runs = runs[layers:]
+	if len(runs) > 0 {
+		in.lookBehind(runs[0])
+	}
+	return in.bringAll(append(in.first(runs), runs...))
 }
+
+// lookBehind finds out whether this host is a root that begins late: its deputies have taken its place then, and have what they have brought.
+func (in *intake) lookBehind(r planner.Run) {
+	j := in.j
+	_, piece := j.plan.Range(r.First)
+	if j.blobs[r.Blob].has(piece) {
+		return
+	}
+	p := make([]byte, piece.Len())
+	for _, d := range j.plan.Deputies(j.plan.Tree(r.First)) {
+		ctx, cancel := context.WithTimeout(in.ctx, lookBehindFor)
+		err := j.a.client.Read(ctx, j.hostAt(d), peer.Hello{Plan: j.plan.ID().String(), Rank: j.me, Grant: j.spec.Access}, j.spec.Blobs[r.Blob].Digest, p, piece.Start)
+		cancel()
+		if err == nil {
+			j.a.log.Info("begun late: others have this host's part already", "job", j.id)
+			j.begunLate.Store(true)
+			return
+		}
+	}
+}
+
+// lookBehindFor bounds what lookBehind may cost, for each deputy.
+const lookBehindFor = 200 * time.Millisecond
 
 // first are the parts of the runs that the program touches first.
 func (in *intake) first(runs []planner.Run) (first []planner.Run) {

@@ -111,6 +111,12 @@ func (c *Client) Status(ctx context.Context, q StatusRequest) (Status, error) {
 	return ask[Status](ctx, c, "Status", q)
 }
 
+// Tasks tells that a job's tasks begin or have ended on this host.
+func (c *Client) Tasks(ctx context.Context, q TasksRequest) error {
+	_, err := ask[struct{}](ctx, c, "Tasks", q)
+	return err
+}
+
 // Prestage asks for images on this host.
 func (c *Client) Prestage(ctx context.Context, q PrestageRequest, each func(PrestageEvent)) error {
 	return listen(ctx, c, "Prestage", q, func(e PrestageEvent) error { each(e); return nil })

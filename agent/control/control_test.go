@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"testing"
@@ -49,10 +50,13 @@ func (f *fake) Prestage(ctx context.Context, _ control.Caller, _ control.Prestag
 	return ctx.Err()
 }
 
+func (f *fake) Tasks(context.Context, control.Caller, control.TasksRequest) error { return nil }
+
 func (f *fake) Read(_ context.Context, _ control.Caller, q control.ReadRequest, send func([]byte) error) error {
+	buf := make([]byte, 1000) // one for all, as the agent does
 	for b := f.data[q.Range.Start:q.Range.End]; len(b) > 0; {
-		n := min(len(b), 1000)
-		if err := send(b[:n]); err != nil {
+		n := copy(buf, b)
+		if err := send(buf[:n]); err != nil {
 			return err
 		}
 		b = b[n:]
@@ -62,7 +66,8 @@ func (f *fake) Read(_ context.Context, _ control.Caller, q control.ReadRequest, 
 
 func start(t *testing.T) (*fake, *control.Client, string) {
 	t.Helper()
-	f := &fake{data: bytes.Repeat([]byte("0123456789"), 1000), caller: make(chan control.Caller, 1)}
+	f := &fake{data: make([]byte, 4<<20), caller: make(chan control.Caller, 1)}
+	rand.NewChaCha8([32]byte{}).Read(f.data) //nolint:errcheck // never fails
 	socket := filepath.Join(t.TempDir(), "run", "agent.sock")
 	l, err := control.Listen(socket)
 	if err != nil {
@@ -128,14 +133,14 @@ func TestErrorsKeepTheirCode(t *testing.T) {
 
 func TestRead(t *testing.T) {
 	f, c, _ := start(t)
-	r := ztoc.Range{Start: 5, End: 9005}
+	r := ztoc.Range{Start: 5, End: 4<<20 - 5}
 	b, err := c.Read(t.Context(), control.ReadRequest{Range: r})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer b.Close()
 	got, err := io.ReadAll(b)
-	if err != nil || !bytes.Equal(got, f.data[5:9005]) {
+	if err != nil || !bytes.Equal(got, f.data[r.Start:r.End]) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
 }

@@ -218,3 +218,9 @@ type ReadRequest struct {
 	// Wrong reports that Range of Blob did not match its digest, with the cause: drop it and fetch elsewhere from now on.
 	Wrong string `json:"wrong,omitempty"`
 }
+
+// A TasksRequest tells that a job's tasks begin, or have ended, on this host.
+type TasksRequest struct {
+	Job     string `json:"job"`
+	Running bool   `json:"running"`
+}

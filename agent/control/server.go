@@ -20,6 +20,8 @@ type Agent interface {
 	Unstage(ctx context.Context, c Caller, q UnstageRequest) (UnstageReply, error)
 	Status(ctx context.Context, c Caller, q StatusRequest) (Status, error)
 	Prestage(ctx context.Context, c Caller, q PrestageRequest, tell func(PrestageEvent) error) error
+	// Tasks is told when a job's tasks begin and end on this host.
+	Tasks(ctx context.Context, c Caller, q TasksRequest) error
 	// Read gives bytes of q.Range in order, some in each call of send, which keeps none of them.
 	Read(ctx context.Context, c Caller, q ReadRequest, send func([]byte) error) error
 }
@@ -83,6 +85,9 @@ var description = grpc.ServiceDesc{
 		})},
 		{MethodName: "Status", Handler: unary(func(s *Server, ctx context.Context, c Caller, q StatusRequest) (Status, error) {
 			return s.Agent.Status(ctx, c, q)
+		})},
+		{MethodName: "Tasks", Handler: unary(func(s *Server, ctx context.Context, c Caller, q TasksRequest) (struct{}, error) {
+			return struct{}{}, s.Agent.Tasks(ctx, c, q)
 		})},
 	},
 	Streams: []grpc.StreamDesc{

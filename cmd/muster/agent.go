@@ -89,7 +89,7 @@ func (a *app) agentOptions(id *peer.Identity) (agent.Options, error) {
 	o := agent.Options{
 		Name: cfg.Agent.Name, Version: version, Socket: cfg.Agent.Socket, Mounts: cfg.Agent.Mounts, Metrics: cfg.Agent.Metrics,
 		Port: cfg.Network.Port, SpanSize: int64(cfg.Index.SpanSize), NoIndex: !cfg.Index.Use, Tool: "muster " + version,
-		Prestage: cfg.Prestage, Requests: cfg.Agent.Requests, Drain: cfg.Agent.Drain, Patience: cfg.Origin.Patience,
+		Prestage: cfg.Prestage, FetchOn: cfg.Agent.FetchOn, ServeOthers: cfg.Agent.ServeOthers, Requests: cfg.Agent.Requests, Drain: cfg.Agent.Drain, Patience: cfg.Origin.Patience,
 		ExitCode: exitCode, Log: slog.Default(),
 		// What somebody may have to answer for is told whatever the level is.
 		Audit: slog.New(slog.NewJSONHandler(a.err, nil)),

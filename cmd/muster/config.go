@@ -96,6 +96,9 @@ type Config struct {
 		Drain time.Duration `mapstructure:"drain" help:"how long stages may go on after SIGTERM"`
 		// Requests times the number of seeds is what a registry gets at once.
 		Requests int `mapstructure:"requests" help:"requests to a registry that one stage has under way on this host"`
+		// FetchOn and ServeOthers decide how much a running job has its node for itself.
+		FetchOn     bool `mapstructure:"fetch-on" help:"let stages go on while a job's tasks run on this host"`
+		ServeOthers bool `mapstructure:"serve-others" help:"pass images on to hosts of other jobs while a job's tasks run on this host"`
 	} `mapstructure:"agent"`
 	Network struct {
 		// Control is where gossip goes; few bytes, but never late. The management network is fine.
