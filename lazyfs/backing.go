@@ -40,6 +40,8 @@ import (
 
 // Backing keeps plain copies of files, named by the bytes of inflated layers that they are made of.
 type Backing interface {
+	// Any says whether there are copies of anything at all: a mount looks no further when there are none.
+	Any() bool
 	// Open is the copy of content, opened for reading, and nil when there is none that is known to be what was written. It is
 	// called by those who answer the kernel and so must not wait, not for reading the file either.
 	Open(content []ProfileRange) *os.File
@@ -227,7 +229,7 @@ func contentOf(t *tree.Table, row tree.Row) (c []ProfileRange) {
 
 // HasBacking says whether a file of the table has a backing file, and this process may have the kernel use it.
 func HasBacking(c Config) bool {
-	if c.Backing == nil || c.Table == nil || os.Geteuid() != 0 || !mayMount() {
+	if c.Backing == nil || c.Table == nil || !c.Backing.Any() || os.Geteuid() != 0 || !mayMount() {
 		return false
 	}
 	for node := uint64(1); ; node++ {

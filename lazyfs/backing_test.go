@@ -32,6 +32,8 @@ func (c *copies) path(content []lazyfs.ProfileRange) string {
 	return filepath.Join(c.dir, fmt.Sprintf("%x", sha256.Sum256(fmt.Append(nil, content))))
 }
 
+func (c *copies) Any() bool { return true }
+
 func (c *copies) Open(content []lazyfs.ProfileRange) *os.File {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -19,6 +19,8 @@ type backing struct {
 	store  *store.Store
 	layers []string // by layer: what offsets in it count in
 
+	digests []ztoc.Digest // by layer
+
 	mu      sync.Mutex
 	checked map[string]bool // copies of an earlier boot that were found
 	todo    []string        // of these, to be checked, the first just now
@@ -31,6 +33,7 @@ func newBacking(s *store.Store, views []*view) *backing {
 		if v.ztoc.Format == ztoc.FormatEStargz || v.ztoc.Format == ztoc.FormatZstdChunked {
 			form = "chunks" // with its own table a layer inflates to something else than its tar archive
 		}
+		b.digests = append(b.digests, v.report.Digest)
 		b.layers = append(b.layers, string(v.report.Digest)+" "+form)
 	}
 	return b
@@ -42,8 +45,11 @@ func (b *backing) key(content []lazyfs.ProfileRange) string {
 	for _, c := range content {
 		fmt.Fprintf(&s, "\n%s %d %d", b.layers[c.Layer], c.Start, c.End)
 	}
-	return store.Key(s.String())
+	return store.BackingKey(b.digests[content[0].Layer], s.String())
 }
+
+// Any says whether there are copies of anything.
+func (b *backing) Any() bool { return b.store.Any(store.KindBacking) }
 
 // Open is the copy of content if it was written or checked since the host booted. Others are checked beside it, for the next
 // mount.

@@ -174,6 +174,12 @@ func (t set) has(it item) bool {
 	return t.files[File{it.kind, it.key}]
 }
 
+// hasOrigin reports whether it is a copy (BackingKey) of a part of one of t's blobs.
+func (t set) hasOrigin(it item) bool {
+	of, _, ok := strings.Cut(it.key, "-")
+	return ok && it.kind == KindBacking && t.blobs[ztoc.Digest("sha256:"+of)]
+}
+
 // pinned is everything that pins keep.
 func (s *Store) pinned() set {
 	keep := newSet()
@@ -216,7 +222,7 @@ func (s *Store) Remove(key string) (freed int64, err error) {
 	gone, keep := newSet(), s.referred()
 	gone.add(im)
 	for _, it := range s.recount().items {
-		if gone.has(it) && !keep.has(it) {
+		if gone.has(it) && !keep.has(it) || gone.hasOrigin(it) && !keep.hasOrigin(it) {
 			freed += s.take(it)
 		}
 	}

@@ -8,11 +8,17 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/muster-hpc/muster/ztoc"
 )
 
 // Spare files are plain copies of what else is in the store (KindBacking). They are made only from room that is free, are
 // evicted before everything else, also while the kernel reads one (whoever has a file open keeps it), and are given out only
 // when they are known to be what was written.
+
+// BackingKey is the key of a copy of what text describes, which is a part of a blob (the first, where it is of several): when images
+// with the blob are removed and no other has it, so is the copy.
+func BackingKey(blob ztoc.Digest, text string) string { return blob.Hex() + "-" + Key(text) }
 
 // PutSpare is Put of size bytes if there is room for them below the quota and on the disk without evicting anything; ErrNoSpace
 // otherwise. A file that is there stays.
@@ -81,6 +87,17 @@ func (s *Store) Spare(kind Kind, key string) (*os.File, error) {
 	}
 	touchFile(f)
 	return f, nil
+}
+
+// Any says whether there is any file of a kind.
+func (s *Store) Any(kind Kind) bool {
+	d, err := os.Open(s.path(filesDir, string(kind)))
+	if err != nil {
+		return false
+	}
+	defer d.Close()
+	names, _ := d.Readdirnames(1)
+	return len(names) > 0
 }
 
 // Check reads a spare file of an earlier boot as a whole, and removes it when it is damaged. From then on Spare opens it.

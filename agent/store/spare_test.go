@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/muster-hpc/muster/ztoc"
 )
 
 // Spare files take only room that is free, go first, and stay readable for whoever has them open.
@@ -89,5 +91,34 @@ func TestSpareOfAnEarlierBoot(t *testing.T) {
 	}
 	if err := s.Check(KindBacking, "none"); err != nil {
 		t.Errorf("none: %v", err)
+	}
+}
+
+// A copy goes with the last image that has what it is a copy of.
+func TestCopiesGoWithTheirBlob(t *testing.T) {
+	s := openStore(t, t.TempDir(), Options{})
+	blob := refOf(content(1, 5000))
+	for _, key := range []string{"one", "two"} {
+		if err := s.PutImage(Image{Key: key, Reference: key, Blobs: []ztoc.BlobRef{blob}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	key := BackingKey(blob.Digest, "all of it")
+	if err := s.PutSpare(KindBacking, key, 5, func(w io.Writer) error {
+		_, err := w.Write([]byte("hello"))
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for i, image := range []string{"one", "two"} {
+		if _, err := s.Remove(image); err != nil {
+			t.Fatal(err)
+		}
+		if got := has(s, KindBacking, key); got != (i == 0) {
+			t.Errorf("after %s was removed: there %v", image, got)
+		}
+	}
+	if s.Any(KindBacking) {
+		t.Error("something is left")
 	}
 }
