@@ -26,6 +26,14 @@ import (
 // long says that what takes minutes is wanted too.
 var long = os.Getenv("MUSTER_LONG") != ""
 
+// takesLong ends a test that is for make e2e-long.
+func takesLong(t testing.TB) {
+	t.Helper()
+	if !long {
+		t.Skip("make e2e-long runs this")
+	}
+}
+
 // binary is the muster under test, built once.
 var binary string
 

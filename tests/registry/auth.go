@@ -20,7 +20,8 @@ type TokenOptions struct {
 	TTL      time.Duration // how long a token holds; 0: for ever
 	User     string        // who gets tokens; "" is anybody
 	Password string
-	Refused  int // status for a missing or expired token; 0 is 401. ECR answers 403, without a challenge
+	Addr     string // where the token server listens; "" is a free port of 127.0.0.1
+	Refused  int    // status for a missing or expired token; 0 is 401. ECR answers 403, without a challenge
 }
 
 // Tokens is the token server of a proxy: a listener of its own, as in real life.
@@ -41,7 +42,7 @@ func (p *Proxy) RequireTokens(o TokenOptions) (*Tokens, error) {
 	t.srv.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p.handle(w, r, question{kind: Token}, t.issue)
 	})
-	if err := t.srv.start(""); err != nil {
+	if err := t.srv.start(o.Addr); err != nil {
 		return nil, err
 	}
 	p.mu.Lock()

@@ -237,7 +237,7 @@ func (b *bench) run(ctx context.Context) error {
 					continue
 				}
 				if err := p.f(ctx, n); err != nil {
-					return fmt.Errorf("N = %d, %s: %w", n, p.part, err)
+					return fmt.Errorf("part %s, N = %d: %w", p.part, n, err)
 				}
 			}
 		}

@@ -245,17 +245,26 @@ func (h *Host) Kill() {
 		return
 	}
 	syscall.Kill(h.node.pid, syscall.SIGKILL) //nolint:errcheck // it may have ended
-	<-h.node.done
 	h.node.ended()
 }
 
 // Signal sends the agent a signal: SIGSTOP has it stall, with its connections open.
-func (h *Host) Signal(s syscall.Signal) error { return syscall.Kill(h.node.pid, s) }
+func (h *Host) Signal(s syscall.Signal) error {
+	err := syscall.Kill(h.node.pid, s)
+	if s == syscall.SIGCONT {
+		h.node.wake()
+	}
+	return err
+}
+
+// wake wakes nsenter, which stops itself when what it runs is stopped.
+func (n *node) wake() { n.cmd.Process.Signal(syscall.SIGCONT) } //nolint:errcheck // it may have ended
 
 func (n *node) ended() {
 	if n.cmd == nil {
 		return
 	}
+	n.wake()
 	<-n.done
 	n.client.Close()
 	n.log.Close()

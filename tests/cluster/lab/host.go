@@ -24,7 +24,6 @@ type Host struct {
 	pid  int // of the process that keeps the namespaces
 	init *exec.Cmd
 	done chan struct{}
-	in   *os.File // the init's standard input
 	addr string
 	rate int
 	node node // its agent

@@ -156,6 +156,16 @@ func (l *Lab) Close() {
 	}
 }
 
+// RequireTokens has the registry want tokens, from a server beside it.
+func (l *Lab) RequireTokens(o registry.TokenOptions) (t *registry.Tokens, err error) {
+	o.Addr = OriginIP + ":5001"
+	err = l.reg.Inside(func() error {
+		t, err = l.Origin.RequireTokens(o)
+		return err
+	})
+	return t, err
+}
+
 // OriginSent is the bytes that the registry has sent over its link, headers of all kinds included.
 func (l *Lab) OriginSent() int64 { _, tx := l.reg.Counters(); return tx }
 
