@@ -338,11 +338,23 @@ func eachMode(t *testing.T, f func(t *testing.T, compat lazyfs.Compat)) {
 	}
 }
 
-// TestMain fails the run when a test left a mount behind.
+// TestMain fails the run when a test left a mount behind. It gives the tests a temporary directory of their own: those of
+// other packages mount too, at the same time.
 func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "lazyfs-test-")
+	if err == nil {
+		err = os.Setenv("TMPDIR", dir)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	code := m.Run()
 	if left := mounts(); len(left) > 0 {
 		fmt.Fprintf(os.Stderr, "mounts left behind:\n%s\n", strings.Join(left, "\n"))
+		code = 1
+	} else if err := os.RemoveAll(dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		code = 1
 	}
 	os.Exit(code)

@@ -41,10 +41,25 @@ func TestMain(m *testing.M) {
 			os.Exit(0)
 		}
 	}
+	// A temporary directory of their own: tests of other packages mount too, at the same time.
+	dir, err := os.MkdirTemp("", "mountd-test-")
+	if err == nil {
+		err = os.Setenv("TMPDIR", dir)
+	}
+	if err == nil {
+		err = os.Chmod(dir, 0o755) // some tests are other users
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	code := m.Run()
 	time.Sleep(100 * time.Millisecond)
 	if left := leftovers(); left != "" {
 		fmt.Fprintf(os.Stderr, "left behind:\n%s\n", left)
+		code = 1
+	} else if err := os.RemoveAll(dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		code = 1
 	}
 	os.Exit(code)
@@ -287,7 +302,7 @@ func leftovers() string {
 	var l []string
 	b, _ := os.ReadFile("/proc/mounts")
 	for line := range strings.Lines(string(b)) {
-		if strings.Contains(line, `muster\043Test `) {
+		if strings.Contains(line, `muster\043Test `+os.TempDir()) {
 			l = append(l, line)
 		}
 	}
