@@ -258,7 +258,8 @@ func start(t *testing.T, o order, with func(*mountd.Options)) (*mountd.Mount, er
 	if err == nil {
 		t.Cleanup(func() {
 			if _, err := lazyfs.Mounted(m.Dir); err == nil {
-				ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+				// Longer than Linger: a namespace that somebody made meanwhile has a copy of the mount.
+				ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 				defer cancel()
 				if busy, err := m.Unmount(ctx); busy || err != nil {
 					t.Errorf("unmount: busy %v, %v", busy, err)

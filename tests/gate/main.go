@@ -5,7 +5,7 @@
 // The algorithm:
 //
 //  1. Make an empty directory and give it to the tests as TMPDIR.
-//  2. Run go test -json; print the output of tests that fail and one line for each package.
+//  2. Run go test -json, of packages with whole clusters after the others and one at a time; print the output of tests that fail and one line for each package.
 //  3. Look for what is left: a mount beneath the directory or of muster's, a process that carries the
 //     directory in its environment, a file in the directory, or one called muster… in /tmp, /var/tmp,
 //     /dev/shm or /run that was not there before. Each is a failure, named with what it takes to find
@@ -27,6 +27,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -45,10 +46,37 @@ func main() {
 	if *run != "" {
 		args = append(args, "-run", *run)
 	}
-	os.Exit(gate(append(args, flag.Args()...)))
+	beside, alone, err := packages(flag.Args())
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "gate:", err)
+		os.Exit(1)
+	}
+	var runs [][]string
+	if len(beside) > 0 {
+		runs = append(runs, append(slices.Clone(args), beside...))
+	}
+	if len(alone) > 0 {
+		runs = append(runs, append(append(slices.Clone(args), "-p", "1"), alone...))
+	}
+	os.Exit(gate(runs...))
 }
 
-func gate(args []string) int {
+// packages is what patterns name: what may be tested at once, and what has to be alone. Real processes in namespaces of
+// their own take all cores, and hold a copy of every mount that another test makes meanwhile.
+func packages(patterns []string) (beside, alone []string, err error) {
+	out, err := exec.Command("go", append([]string{"list"}, patterns...)...).Output()
+	for _, p := range strings.Fields(string(out)) {
+		if strings.Contains(p, "/tests/e2e") || strings.Contains(p, "/tests/cluster") {
+			alone = append(alone, p)
+		} else {
+			beside = append(beside, p)
+		}
+	}
+	return beside, alone, err
+}
+
+// gate runs go test with each of runs, one after the other, and says how it went.
+func gate(runs ...[]string) int {
 	dir, err := os.MkdirTemp("", "muster-gate-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "gate:", err)
@@ -61,22 +89,15 @@ func gate(args []string) int {
 	}
 	before, files := musterMounts(dir), elsewhere()
 
-	cmd := exec.Command("go", args...)
-	cmd.Env = append(os.Environ(), "TMPDIR="+dir, within+"=1")
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "gate:", err)
-		return 1
-	}
-	count := follow(out, os.Stdout)
-	if err := cmd.Wait(); err != nil && count.failed == 0 {
-		// The run itself broke: a package that does not build, a crash outside any test.
-		fmt.Println("FAIL go test:", err)
-		count.failed++
+	var count tally
+	for _, args := range runs {
+		c, err := goTest(dir, args)
+		count.passed, count.failed = count.passed+c.passed, count.failed+c.failed
+		if err != nil && c.failed == 0 {
+			// The run itself broke: a package that does not build, a crash outside any test.
+			fmt.Println("FAIL go test:", err)
+			count.failed++
+		}
 	}
 	for _, l := range leftovers(dir, before, files) {
 		fmt.Println("FAIL left behind:", l)
@@ -91,6 +112,22 @@ func gate(args []string) int {
 		return 1
 	}
 	return 0
+}
+
+// goTest runs go with args, and with dir for temporary files.
+func goTest(dir string, args []string) (tally, error) {
+	cmd := exec.Command("go", args...)
+	cmd.Env = append(os.Environ(), "TMPDIR="+dir, within+"=1")
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return tally{}, err
+	}
+	if err := cmd.Start(); err != nil {
+		return tally{}, err
+	}
+	count := follow(out, os.Stdout)
+	return count, cmd.Wait()
 }
 
 // An event is one line of go test -json, as `go doc test2json` has it.
