@@ -208,9 +208,11 @@ func (b *bench) index(ctx context.Context, layout string) error {
 	ref := b.lab.Direct() + "/" + indexed + ":latest"
 	for _, args := range [][]string{append([]string{"run", ref}, start...), {"index", "push", ref}} {
 		cmd := exec.CommandContext(ctx, b.binary, append([]string{"--store-dir", store, "--quiet", "--origin-plain-http", b.lab.Direct()}, args...)...)
-		if out, err := cmd.CombinedOutput(); err != nil {
+		out, err := cmd.CombinedOutput()
+		if err != nil {
 			return fmt.Errorf("%v: %w: %s", args, err, out)
 		}
+		say("%s:\n%s", args[0], out)
 	}
 	return nil
 }

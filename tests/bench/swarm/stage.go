@@ -166,6 +166,9 @@ func (b *bench) warm(ctx context.Context, n int) error {
 		return err
 	}
 	b.add(key(n, "warm"), m.took)
+	for _, h := range m.Hosts {
+		say("  %s: %s", h.Host, phases(h))
+	}
 	mounts := map[string]string{}
 	for _, h := range m.Hosts {
 		mounts[h.Host] = h.Mount
@@ -182,6 +185,16 @@ func (b *bench) warm(ctx context.Context, n int) error {
 	b.add(key(n, "complete after warm"), time.Since(began).Seconds())
 	b.origin(n, "warm and complete", b.size)
 	return b.check(m.Report)
+}
+
+// phases are what a host did when.
+func phases(h control.HostState) string {
+	var b strings.Builder
+	for _, p := range h.Phases {
+		fmt.Fprintf(&b, "%s %.2f–%.2f, ", p.Name, p.Start.Seconds(), p.End.Seconds())
+	}
+	fmt.Fprintf(&b, "%.1f MB from peers, %.1f MB from the origin", float64(h.Bytes.Peer)/1e6, float64(h.Bytes.Origin)/1e6)
+	return b.String()
 }
 
 // everywhere does something on all hosts at once.
