@@ -175,6 +175,16 @@ func Stop(cmd *exec.Cmd, done <-chan struct{}) {
 	}
 }
 
+// Sleep waits for d, or until ctx is done.
+func Sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
+
 // Wait calls ready until it gives nil, at most for the given time.
 func Wait(ctx context.Context, limit time.Duration, ready func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
@@ -218,6 +228,17 @@ func FirstOutput(cmd *exec.Cmd) (first, whole time.Duration, err error) {
 		return first, whole, fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, tail(stderr.Bytes()))
 	}
 	return first, whole, nil
+}
+
+// Tar reads everything beneath dir as tar does, and throws it away.
+func Tar(ctx context.Context, dir string) error {
+	var stderr bytes.Buffer
+	cmd := exec.CommandContext(ctx, "tar", "-C", dir, "-cf", "-", ".")
+	cmd.Stdout, cmd.Stderr = struct{ io.Writer }{io.Discard}, &stderr // a pipe: tar notices /dev/null and reads nothing
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("tar of %s: %w: %s", dir, err, tail(stderr.Bytes()))
+	}
+	return nil
 }
 
 // DropCaches empties the page cache, so that what is read next comes from the disk.

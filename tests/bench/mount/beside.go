@@ -45,12 +45,12 @@ type variant struct {
 }
 
 // beside measures a loop of fixed work on every core.
-func (b *bench) beside() error {
+func (b *bench) beside(ctx context.Context) error {
 	iterations, err := calibrate()
 	if err != nil {
 		return err
 	}
-	_, umount, err := b.mount()
+	_, umount, err := b.mount(ctx)
 	if err != nil {
 		return err
 	}
@@ -58,7 +58,7 @@ func (b *bench) beside() error {
 	all := []*variant{
 		{name: "nothing", begin: func() (func() error, error) { return func() error { return nil }, nil }},
 		{name: "an idle mount", begin: func() (func() error, error) { return func() error { return nil }, nil }},
-		{name: "a mount that fills", begin: func() (func() error, error) { return b.fill(&fill) }},
+		{name: "a mount that fills", begin: func() (func() error, error) { return b.fill(ctx, &fill) }},
 		{name: "a download at the same rate", begin: func() (func() error, error) {
 			h, _, err := b.helper("as-download", fmt.Sprintf("http://%s/v2/bench/blobs/%s", strings.TrimSuffix(b.slow, "/bench:latest"), b.layer))
 			if err != nil {
@@ -73,7 +73,7 @@ func (b *bench) beside() error {
 			return nil, err
 		}
 		return func() error {
-			_, umount, err = b.mount()
+			_, umount, err = b.mount(ctx)
 			time.Sleep(settle)
 			return err
 		}, nil
@@ -88,7 +88,7 @@ func (b *bench) beside() error {
 			}
 			time.Sleep(time.Second)
 			before := b.busy()
-			units, err := runLoop(iterations)
+			units, err := runLoop(ctx, iterations)
 			if err != nil {
 				return err
 			}
@@ -145,7 +145,7 @@ func percentile(v []float64, p int) float64 {
 }
 
 // fill mounts the image with an empty store and has it fetched in the background. rate gets the bytes per second.
-func (b *bench) fill(rate *float64) (end func() error, err error) {
+func (b *bench) fill(ctx context.Context, rate *float64) (end func() error, err error) {
 	dir, err := os.MkdirTemp(b.dir, "fill-")
 	if err != nil {
 		return nil, err
@@ -160,10 +160,11 @@ func (b *bench) fill(rate *float64) (end func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
-	m, err := mountd.Start(context.Background(), mountd.Options{Dir: at, Request: request, Log: os.Stderr})
+	m, err := mountd.Start(ctx, mountd.Options{Dir: at, Request: request, Log: os.Stderr})
 	if err != nil {
 		return nil, err
 	}
+	b.closers = append(b.closers, func() { exec.Command("umount", "-l", at).Run() }) //nolint:errcheck // it is gone, usually
 	began, had := time.Now(), used(st)
 	return func() error {
 		*rate += (used(st) - had) / time.Since(began).Seconds()
@@ -203,8 +204,8 @@ func (b *bench) busy() (seconds float64) {
 }
 
 // runLoop runs the loop in a process of its own and returns the time of each unit, seconds.
-func runLoop(iterations int) (units []float64, err error) {
-	out, err := exec.Command("/proc/self/exe", "as-loop", strconv.Itoa(iterations), loopTime.String()).Output()
+func runLoop(ctx context.Context, iterations int) (units []float64, err error) {
+	out, err := exec.CommandContext(ctx, "/proc/self/exe", "as-loop", strconv.Itoa(iterations), loopTime.String()).Output()
 	if err == nil {
 		err = json.Unmarshal(out, &units)
 	}

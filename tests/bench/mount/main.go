@@ -13,6 +13,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -20,9 +21,11 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/muster-hpc/muster/lazyfs/mountd"
 	"github.com/muster-hpc/muster/tests/bench/report"
@@ -31,7 +34,7 @@ import (
 // steps are what is measured, by name.
 var steps = []struct {
 	name string
-	run  func(*bench) error
+	run  func(*bench, context.Context) error
 }{
 	{"pauses", (*bench).pauses},
 	{"beside", (*bench).beside},
@@ -53,7 +56,9 @@ func main() {
 	flag.StringVar(&b.muster, "muster", "build/muster", "binary to measure")
 	only := flag.String("only", "", "steps to run, separated by commas; default all, and only then the result is kept")
 	flag.Parse()
-	err := b.run(*only)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends at once
+	err := b.run(ctx, *only)
 	b.close()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench-mount:", err)
@@ -87,7 +92,7 @@ func (b *bench) close() {
 	}
 }
 
-func (b *bench) run(only string) (err error) {
+func (b *bench) run(ctx context.Context, only string) (err error) {
 	if b.muster, err = filepath.Abs(b.muster); err != nil {
 		return err
 	}
@@ -95,14 +100,14 @@ func (b *bench) run(only string) (err error) {
 		return err
 	}
 	b.closers = append(b.closers, func() { os.RemoveAll(b.dir) })
-	if err := b.prepare(); err != nil {
+	if err := b.prepare(ctx); err != nil {
 		return err
 	}
 	for _, s := range steps {
 		if only != "" && !slices.Contains(strings.Split(only, ","), s.name) {
 			continue
 		}
-		if err := s.run(b); err != nil {
+		if err := s.run(b, ctx); err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
 	}
@@ -117,7 +122,7 @@ func (b *bench) run(only string) (err error) {
 }
 
 // prepare makes the image and serves it.
-func (b *bench) prepare() error {
+func (b *bench) prepare(ctx context.Context) error {
 	layout := filepath.Join(b.dir, "layout")
 	layer, err := makeImage(layout)
 	if err != nil {
@@ -131,17 +136,17 @@ func (b *bench) prepare() error {
 	b.closers = append(b.closers, func() { cmd.end() }) //nolint:errcheck // its own words are on standard error
 	fast, slow, _ := strings.Cut(addrs, " ")
 	b.ref, b.slow = fast+"/bench:latest", slow+"/bench:latest"
-	return b.call("index", "push", b.ref)
+	return b.call(ctx, "index", "push", b.ref)
 }
 
 // call runs muster.
-func (b *bench) call(args ...string) error {
-	_, err := b.output(args...)
+func (b *bench) call(ctx context.Context, args ...string) error {
+	_, err := b.output(ctx, args...)
 	return err
 }
 
-func (b *bench) output(args ...string) ([]byte, error) {
-	cmd := exec.Command(b.muster, append([]string{"--store-dir", filepath.Join(b.dir, "store")}, args...)...)
+func (b *bench) output(ctx context.Context, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, b.muster, append([]string{"--store-dir", filepath.Join(b.dir, "store")}, args...)...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -152,15 +157,15 @@ func (b *bench) output(args ...string) ([]byte, error) {
 }
 
 // mount mounts the image with the muster under test on a new directory, and gives that and how to unmount.
-func (b *bench) mount() (dir string, umount func() error, err error) {
+func (b *bench) mount(ctx context.Context) (dir string, umount func() error, err error) {
 	if dir, err = os.MkdirTemp(b.dir, "mnt-"); err != nil {
 		return "", nil, err
 	}
-	if err := b.call("mount", b.ref, dir); err != nil {
+	if err := b.call(ctx, "mount", b.ref, dir); err != nil {
 		return "", nil, err
 	}
 	b.closers = append(b.closers, func() { exec.Command("umount", "-l", dir).Run() }) //nolint:errcheck // it is gone, usually
-	return dir, func() error { return b.call("umount", dir) }, nil
+	return dir, func() error { return b.call(ctx, "umount", dir) }, nil
 }
 
 // A helper is this program in a role of its own. It says one line when it is ready, and ends with its standard input.

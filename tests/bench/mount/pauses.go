@@ -23,8 +23,8 @@ import (
 const longestPause = 0.3
 
 // pauses measures how long requests wait when processes of the mount are replaced, while somebody reads.
-func (b *bench) pauses() error {
-	dir, umount, err := b.mount()
+func (b *bench) pauses(ctx context.Context) error {
+	dir, umount, err := b.mount(ctx)
 	if err != nil {
 		return err
 	}
@@ -41,7 +41,7 @@ func (b *bench) pauses() error {
 		{"server killed", func() error { return kill(dir, "server") }},
 		{"parent killed", func() error { return kill(dir, "parent") }},
 		{"both killed, with a keeper", func() error { return kill(dir, "parent", "server") }},
-		{"upgrade", func() error { return b.call("upgrade-mounts", dir) }},
+		{"upgrade", func() error { return b.call(ctx, "upgrade-mounts", dir) }},
 	} {
 		var pauses []float64
 		for range b.kills {

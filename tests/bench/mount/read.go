@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -38,19 +39,19 @@ const (
 // A reading is one way to read a tree.
 type reading struct {
 	name string
-	do   func(dir string) error
+	do   func(ctx context.Context, dir string) error
 }
 
 var readings = []reading{
 	{"sequential", readInOrder},
 	{"random 16 KiB", readAtRandom},
 	{"exec of a 200 MB program", runProgram},
-	{"tar of everything", tarAll},
+	{"tar of everything", lab.Tar},
 }
 
 // reads measures reading with a cold page cache when everything is local: through a mount whose large files have backing files, through
 // one whose files have none (for which the quota leaves no room), and a plain directory on ext4, in turns.
-func (b *bench) reads() error {
+func (b *bench) reads(ctx context.Context) error {
 	layout, plain := filepath.Join(b.dir, "read-layout"), filepath.Join(b.dir, "read-plain")
 	if err := makeReadImage(layout, plain); err != nil {
 		return err
@@ -66,20 +67,20 @@ func (b *bench) reads() error {
 		return err
 	}
 	mount := func(backing bool) error {
-		return b.call("--store-dir", stores[backing], "--store-quota", quota[backing], "mount", "oci:"+layout+":latest", at)
+		return b.call(ctx, "--store-dir", stores[backing], "--store-quota", quota[backing], "mount", "oci:"+layout+":latest", at)
 	}
-	umount := func() error { return b.call("umount", at) }
+	umount := func() error { return b.call(ctx, "umount", at) }
 	b.closers = append(b.closers, func() { exec.Command("umount", "-l", at).Run() }) //nolint:errcheck // it is gone, usually
 	for _, backing := range []bool{false, true} {
 		// Everything becomes local, and what is large is really read.
 		if err := mount(backing); err != nil {
 			return err
 		}
-		if err := tarAll(at); err != nil {
+		if err := lab.Tar(ctx, at); err != nil {
 			return err
 		}
 		if backing {
-			if err := waitForCopies(stores[true], readFiles+1); err != nil {
+			if err := waitForCopies(ctx, stores[true], readFiles+1); err != nil {
 				return err
 			}
 		}
@@ -93,7 +94,7 @@ func (b *bench) reads() error {
 			return err
 		}
 		began := time.Now()
-		if err := r.do(dir); err != nil {
+		if err := r.do(ctx, dir); err != nil {
 			return fmt.Errorf("%s, %s: %w", r.name, kind, err)
 		}
 		took[r.name+kind] = append(took[r.name+kind], time.Since(began).Seconds())
@@ -180,19 +181,17 @@ func layoutSize(layout string) (n int64, err error) {
 }
 
 // waitForCopies waits until a store has n backing files.
-func waitForCopies(dir string, n int) error {
-	for end := time.Now().Add(backWait); ; time.Sleep(100 * time.Millisecond) {
+func waitForCopies(ctx context.Context, dir string, n int) error {
+	return lab.Wait(ctx, backWait, func() error {
 		all, err := filepath.Glob(filepath.Join(dir, "files/backing/*"))
-		if err != nil || len(all) >= n {
-			return err
+		if err == nil && len(all) < n {
+			err = fmt.Errorf("%d backing files, not %d", len(all), n)
 		}
-		if time.Now().After(end) {
-			return fmt.Errorf("%d backing files after %v, not %d", len(all), backWait, n)
-		}
-	}
+		return err
+	})
 }
 
-func readInOrder(dir string) error {
+func readInOrder(_ context.Context, dir string) error {
 	buf := make([]byte, 1<<20)
 	for i := range readFiles {
 		f, err := os.Open(filepath.Join(dir, "data", strconv.Itoa(i)))
@@ -208,7 +207,7 @@ func readInOrder(dir string) error {
 	return nil
 }
 
-func readAtRandom(dir string) error {
+func readAtRandom(_ context.Context, dir string) error {
 	r := rand.New(rand.NewPCG(3, 4))
 	var open [readFiles]*os.File
 	for i := range open {
@@ -232,8 +231,8 @@ func readAtRandom(dir string) error {
 }
 
 // runProgram runs this program from the tree, where it is 200 MB long. It touches each of its pages.
-func runProgram(dir string) error {
-	out, err := exec.Command(filepath.Join(dir, "program"), "as-program").CombinedOutput()
+func runProgram(ctx context.Context, dir string) error {
+	out, err := exec.CommandContext(ctx, filepath.Join(dir, "program"), "as-program").CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
@@ -259,13 +258,4 @@ func touchSelf([]string) error {
 		return fmt.Errorf("the program is all zeros")
 	}
 	return unix.Munmap(m)
-}
-
-func tarAll(dir string) error {
-	// tar notices /dev/null and reads nothing, hence the pipe.
-	out, err := exec.Command("sh", "-c", "tar -C "+dir+" -cf - . | cat >/dev/null").CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("%w: %s", err, out)
-	}
-	return nil
 }

@@ -20,10 +20,12 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/muster-hpc/muster/tests/bench/lab"
@@ -56,7 +58,9 @@ func main() {
 	keep := flag.String("keep", "", "directory in which what is prepared stays for the next run; a temporary one when empty")
 	flag.Parse()
 	b := &bench{rounds: *rounds, only: *only, dir: *keep}
-	err := b.run(context.Background(), *muster)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends at once
+	err := b.run(ctx, *muster)
 	b.close()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench-read:", err)
@@ -101,10 +105,10 @@ func (b *bench) run(ctx context.Context, muster string) (err error) {
 	}
 	for _, step := range []struct {
 		name string
-		do   func() error
+		do   func(context.Context) error
 	}{{"", b.first}, {"walks", b.walks}, {"big", b.big}, {"tar", b.tar}, {"blocked", b.blocked}} {
 		if step.name == "" || b.only == "" || b.only == step.name {
-			if err := step.do(); err != nil {
+			if err := step.do(ctx); err != nil {
 				return err
 			}
 		}
@@ -157,6 +161,7 @@ func (b *bench) prepare(ctx context.Context) error {
 		return err
 	}
 	b.mounted = filepath.Join(b.dir, "mnt")
+	b.closers = append(b.closers, func() { exec.Command("umount", "-l", b.mounted).Run() }) //nolint:errcheck // it is gone, usually
 	return os.MkdirAll(b.mounted, 0o755)
 }
 
@@ -206,8 +211,8 @@ func gunzip(path string) ([]byte, error) {
 }
 
 // first pulls everything, through a mount, and measures its idle memory.
-func (b *bench) first() error {
-	if err := b.mount(); err != nil {
+func (b *bench) first(ctx context.Context) error {
+	if err := b.mount(ctx); err != nil {
 		return err
 	}
 	start := time.Now()
@@ -238,8 +243,8 @@ func inflateAll(layout string) error {
 	return nil
 }
 
-func (b *bench) mount() error {
-	cmd := exec.Command(b.muster, "--store-dir", filepath.Join(b.dir, "store"), "mount", "--json", b.ref, b.mounted)
+func (b *bench) mount(ctx context.Context) error {
+	cmd := exec.CommandContext(ctx, b.muster, "--store-dir", filepath.Join(b.dir, "store"), "mount", "--json", b.ref, b.mounted)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -253,38 +258,35 @@ func (b *bench) mount() error {
 		return err
 	}
 	b.pid = m.Pid
-	if len(b.closers) > 0 {
-		b.closers = append(b.closers, func() { exec.Command("umount", "-l", b.mounted).Run() }) //nolint:errcheck // may be gone
-	}
 	return nil
 }
 
-func (b *bench) umount() error {
-	if out, err := exec.Command(b.muster, "umount", b.mounted).CombinedOutput(); err != nil {
+func (b *bench) umount(ctx context.Context) error {
+	if out, err := exec.CommandContext(ctx, b.muster, "umount", b.mounted).CombinedOutput(); err != nil {
 		return fmt.Errorf("umount: %w: %s", err, out)
 	}
 	return nil
 }
 
 // remount gives every measurement a fresh server and a cold page cache.
-func (b *bench) remount() error {
-	if err := b.umount(); err != nil {
+func (b *bench) remount(ctx context.Context) error {
+	if err := b.umount(ctx); err != nil {
 		return err
 	}
-	if err := b.mount(); err != nil {
+	if err := b.mount(ctx); err != nil {
 		return err
 	}
 	return lab.DropCaches()
 }
 
-func (b *bench) walks() error {
+func (b *bench) walks(ctx context.Context) error {
 	var ext4, ours, ext4Next, oursNext []float64
 	for range b.rounds {
 		if err := lab.DropCaches(); err != nil {
 			return err
 		}
 		for range 2 {
-			t, n, err := walk(b.plain)
+			t, n, err := walk(ctx, b.plain)
 			if err != nil {
 				return err
 			}
@@ -293,11 +295,11 @@ func (b *bench) walks() error {
 			}
 			ext4, ext4Next = appendFirst(ext4, ext4Next, t)
 		}
-		if err := b.remount(); err != nil {
+		if err := b.remount(ctx); err != nil {
 			return err
 		}
 		for range 2 {
-			t, _, err := walk(b.mounted)
+			t, _, err := walk(ctx, b.mounted)
 			if err != nil {
 				return err
 			}
@@ -320,8 +322,8 @@ func appendFirst(first, next []float64, t float64) (f, n []float64) {
 	return first, append(next, t)
 }
 
-func walk(dir string) (seconds float64, n int, err error) {
-	cmd := exec.Command("find", dir, "-printf", "%s %m %p\n")
+func walk(ctx context.Context, dir string) (seconds float64, n int, err error) {
+	cmd := exec.CommandContext(ctx, "find", dir, "-printf", "%s %m %p\n")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return 0, 0, err
@@ -337,14 +339,14 @@ func walk(dir string) (seconds float64, n int, err error) {
 	return time.Since(start).Seconds(), n, err
 }
 
-func (b *bench) big() error {
+func (b *bench) big(ctx context.Context) error {
 	var ours, ext4 []float64
 	for range b.rounds {
 		for _, x := range []struct {
 			root string
 			to   *[]float64
 		}{{b.plain, &ext4}, {b.mounted, &ours}} {
-			if err := b.remount(); err != nil {
+			if err := b.remount(ctx); err != nil {
 				return err
 			}
 			start := time.Now()
@@ -367,29 +369,28 @@ func (b *bench) big() error {
 	return nil
 }
 
-func (b *bench) tar() error {
-	idle, err := b.memory()
-	if err != nil {
-		return err
-	}
+func (b *bench) tar(ctx context.Context) error {
 	var ours, ext4 []float64
+	idle := 0.0
 	for range b.rounds {
-		if err := b.remount(); err != nil {
+		if err := b.remount(ctx); err != nil {
 			return err
 		}
-		t, err := tarOf(b.plain)
+		t, err := tarOf(ctx, b.plain)
 		if err != nil {
 			return err
 		}
 		ext4 = append(ext4, t)
-		if err := b.remount(); err != nil {
+		if err := b.remount(ctx); err != nil {
 			return err
 		}
-		time.Sleep(12 * time.Second) // idle is when nobody reads: after ten seconds the server gives memory back
+		if err := lab.Sleep(ctx, 12*time.Second); err != nil { // idle is when nobody reads: after ten seconds the server gives memory back
+			return err
+		}
 		if idle, err = b.memory(); err != nil {
 			return err
 		}
-		if t, err = tarOf(b.mounted); err != nil {
+		if t, err = tarOf(ctx, b.mounted); err != nil {
 			return err
 		}
 		ours = append(ours, t)
@@ -409,24 +410,20 @@ func (b *bench) tar() error {
 	return nil
 }
 
-func tarOf(dir string) (seconds float64, err error) {
-	// tar notices /dev/null and reads nothing, hence the pipe.
+func tarOf(ctx context.Context, dir string) (seconds float64, err error) {
 	start := time.Now()
-	out, err := exec.Command("sh", "-c", "tar -C "+dir+" -cf - . | cat >/dev/null").CombinedOutput()
-	if err != nil {
-		return 0, fmt.Errorf("tar: %w: %s", err, out)
-	}
-	return time.Since(start).Seconds(), nil
+	err = lab.Tar(ctx, dir)
+	return time.Since(start).Seconds(), err
 }
 
 // blocked measures memory while 500 readers wait for a registry that says nothing: an index is beside the
 // image by then, the store is empty.
-func (b *bench) blocked() error {
-	if err := b.umount(); err != nil {
+func (b *bench) blocked(ctx context.Context) error {
+	if err := b.umount(ctx); err != nil {
 		return err
 	}
 	store := filepath.Join(b.dir, "store")
-	if out, err := exec.Command(b.muster, "--store-dir", store, "index", "push", b.ref).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, b.muster, "--store-dir", store, "index", "push", b.ref).CombinedOutput(); err != nil {
 		return fmt.Errorf("index push: %w: %s", err, out)
 	}
 	if err := os.RemoveAll(store); err != nil {
@@ -436,7 +433,7 @@ func (b *bench) blocked() error {
 	if err != nil {
 		return err
 	}
-	if err := b.mount(); err != nil {
+	if err := b.mount(ctx); err != nil {
 		return err
 	}
 	b.proxy.Inject(registry.Match{Kind: registry.Blob}, 0, registry.Hang())
@@ -450,13 +447,13 @@ func (b *bench) blocked() error {
 			}
 		})
 	}
-	time.Sleep(3 * time.Second)
+	lab.Sleep(ctx, 3*time.Second) //nolint:errcheck // the readers must be let go first
 	waiting, err := b.memory()
 	b.proxy.Clear()
 	if err != nil {
 		return err
 	}
-	if err := b.umount(); err != nil {
+	if err := b.umount(ctx); err != nil {
 		return err
 	}
 	wg.Wait()

@@ -25,6 +25,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/muster-hpc/muster/tests/bench/lab"
@@ -63,7 +64,7 @@ func main() {
 	only := flag.String("images", "debian-scipy,one-layer", "images to measure")
 	noCtr := flag.Bool("no-ctr", false, "leave out containerd, for quick looks")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	b := &bench{muster: *muster, rounds: *rounds, noCtr: *noCtr, values: map[string][]float64{}}
 	for _, s := range strings.Split(*links, ",") {

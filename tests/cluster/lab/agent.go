@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/muster-hpc/muster/agent/control"
+	benchlab "github.com/muster-hpc/muster/tests/bench/lab"
 )
 
 // A node is a host's agent.
@@ -118,7 +119,7 @@ func (h *Host) Start(ctx context.Context, o StartOptions) error {
 		return err
 	}
 	h.node = n
-	if err := wait(ctx, 20*time.Second, func() (err error) {
+	if err := benchlab.Wait(ctx, 20*time.Second, func() (err error) {
 		h.node.pid, err = pidOf(cmd)
 		return err
 	}); err != nil {
@@ -132,7 +133,7 @@ func (h *Host) Start(ctx context.Context, o StartOptions) error {
 
 // await waits until the agent answers.
 func (h *Host) await(ctx context.Context) error {
-	err := wait(ctx, 60*time.Second, func() error {
+	err := benchlab.Wait(ctx, 60*time.Second, func() error {
 		select {
 		case <-h.node.done:
 			return errors.New("it has ended")

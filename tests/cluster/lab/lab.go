@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -226,23 +225,6 @@ func (h *Host) Inside(f func() error) error {
 	}
 	runtime.UnlockOSThread()
 	return err
-}
-
-// wait calls ready until it gives nil, at most for the given time.
-func wait(ctx context.Context, limit time.Duration, ready func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	for {
-		err := ready()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("not ready after %v: %w", limit, err)
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
 }
 
 func run(cmd *exec.Cmd, stdin string) error {
