@@ -24,12 +24,17 @@ type (
 	}
 	ociProcess struct {
 		Terminal        bool                `json:"terminal"`
+		ConsoleSize     *ociSize            `json:"consoleSize,omitempty"`
 		User            ociUser             `json:"user"`
 		Args            []string            `json:"args"`
 		Env             []string            `json:"env"`
 		Cwd             string              `json:"cwd"`
 		Capabilities    map[string][]string `json:"capabilities"`
 		NoNewPrivileges bool                `json:"noNewPrivileges"`
+	}
+	ociSize struct {
+		Height uint16 `json:"height"`
+		Width  uint16 `json:"width"`
 	}
 	ociUser struct {
 		UID    int   `json:"uid"`
@@ -96,6 +101,12 @@ func (s *stage) spec(p process) ociSpec {
 			MaskedPaths:   []string{"/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/sched_debug", "/sys/firmware"},
 			ReadonlyPaths: []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"},
 		},
+	}
+	if s.o.Terminal {
+		// Whoever sets it later is too late for a command that asks at once.
+		if ws, err := unix.IoctlGetWinsize(int(os.Stdin.Fd()), unix.TIOCGWINSZ); err == nil {
+			spec.Process.ConsoleSize = &ociSize{ws.Row, ws.Col}
+		}
 	}
 	if s.user {
 		// The only identity there is; runc insists on being root of its user namespace.

@@ -41,9 +41,11 @@ func joinTerminal(master, in, out *os.File) (*terminal, error) {
 }
 
 // resize gives the command's terminal the size of the caller's.
-func (t *terminal) resize() {
-	if ws, err := unix.IoctlGetWinsize(int(t.in.Fd()), unix.TIOCGWINSZ); err == nil {
-		_ = unix.IoctlSetWinsize(int(t.master.Fd()), unix.TIOCSWINSZ, ws)
+func (t *terminal) resize() { copySize(t.master, t.in) }
+
+func copySize(to, from *os.File) {
+	if ws, err := unix.IoctlGetWinsize(int(from.Fd()), unix.TIOCGWINSZ); err == nil {
+		_ = unix.IoctlSetWinsize(int(to.Fd()), unix.TIOCSWINSZ, ws)
 	}
 }
 
@@ -65,6 +67,7 @@ func openTerminal(root string) (master, slave *os.File, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	copySize(m, os.Stdin) // now, because the command may ask before the session joins the two
 	if err := unix.IoctlSetPointerInt(int(m.Fd()), unix.TIOCSPTLCK, 0); err != nil {
 		_ = m.Close()
 		return nil, nil, os.NewSyscallError("unlockpt", err)
