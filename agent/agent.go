@@ -132,6 +132,9 @@ type Agent struct {
 
 	addr string // where other hosts find this one; set by Start
 
+	open     sync.Map // ztoc.Digest → time.Time: when the origin gave it to anybody
+	refusals sync.Map // host → time.Time: when the last refusal was told of
+
 	mu           sync.Mutex
 	gossip       *peer.Gossip    // nil: none
 	jobs         map[string]*job // by order id

@@ -95,8 +95,9 @@ func (a *Agent) resolve(ctx context.Context, o order) (*planner.JobSpec, map[zto
 	found, err := image.Survey(ctx, image.Options{
 		Repo: repo, Store: a.o.Store, Platform: o.Platform, NoIndex: a.o.NoIndex, AskAlways: true, Log: a.log,
 	})
+	said := false
 	if err == nil {
-		err = a.mayHave(o, found)
+		said, err = a.mayHave(o, found)
 	}
 	if err != nil {
 		return nil, nil, err
@@ -111,12 +112,17 @@ func (a *Agent) resolve(ctx context.Context, o order) (*planner.JobSpec, map[zto
 	for _, h := range o.Hosts {
 		spec.Hosts = append(spec.Hosts, planner.Host{Name: h.Name, Addr: h.Addr, Seed: a.o.Seed(h.Name), Group: a.o.Group(h.Name)})
 	}
+	if said {
+		if err := vouch(a.client, spec); err != nil {
+			a.log.Warn("other hosts are not told that the origin accepts the user", "job", o.Job, "cause", err)
+		}
+	}
 	return spec, content, spec.Validate()
 }
 
 // mayHave is the verdict on a user and an image. The origin has given it when it answered; what it said is kept, so that it counts when the
-// origin cannot be asked.
-func (a *Agent) mayHave(o order, found *image.Surveyed) error {
+// origin cannot be asked. There may be none (said is false) for root, who goes on without.
+func (a *Agent) mayHave(o order, found *image.Surveyed) (said bool, err error) {
 	verdict := func(who string) string {
 		return store.Key("may have " + found.Image.Ref.WithDigest(found.Image.Digest).String() + " " + who)
 	}
@@ -125,22 +131,25 @@ func (a *Agent) mayHave(o order, found *image.Surveyed) error {
 		key := user
 		if len(o.Secret) == 0 {
 			key = anybody
+			for _, l := range found.Image.Layers {
+				a.nowOpen(l.Digest)
+			}
 		}
 		if err := a.o.Store.Put(store.KindRef, key, func(w io.Writer) error { _, err := io.WriteString(w, "yes"); return err }); err != nil {
 			a.log.Debug("a verdict is not kept", "cause", err)
 		}
-		return nil
+		return true, nil
 	}
 	for _, key := range []string{anybody, user} {
 		if f, err := a.o.Store.Get(store.KindRef, key); err == nil {
-			return f.Close()
+			return true, f.Close()
 		}
 	}
 	if o.UID == 0 {
-		return nil
+		return false, nil
 	}
 	a.audit("refused", "job", o.Job, "image", o.Image, "uid", o.UID, "cause", "the origin cannot be asked")
-	return fmt.Errorf("image %s: %w: the origin cannot be asked whether uid %d may have it", o.Image, origin.ErrUnreachable, o.UID)
+	return false, fmt.Errorf("image %s: %w: the origin cannot be asked whether uid %d may have it", o.Image, origin.ErrUnreachable, o.UID)
 }
 
 // resolvers are the hosts that may resolve: those that may reach the origin, or all when nobody is known to.
@@ -194,6 +203,7 @@ func (j *job) use(encoded []byte, content map[ztoc.Digest][]byte) error {
 	}
 	j.spec, j.encoded, j.plan, j.me, j.blobs = spec, encoded, plan, me, blobs
 	j.fromStore.Store(present)
+	j.accept(present == 0)
 	j.chain = fetch.New(fetch.Options{
 		Store:    fetch.StoreFunc(func(ref ztoc.BlobRef) (fetch.Blob, error) { return j.a.fetchBlob(ref) }),
 		Origin:   source{j},

@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"time"
 
 	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/agent/origin"
+	"github.com/muster-hpc/muster/peer"
 	"github.com/muster-hpc/muster/planner"
 	"github.com/muster-hpc/muster/ztoc"
 )
@@ -16,12 +18,28 @@ import (
 // healTries is how often a layer that is wrong is repaired before it is given up.
 const healTries = 3
 
+// tableWait is how long a host whose layer is wrong waits for the table of whoever builds it.
+const tableWait = 30 * time.Second
+
 // heal finds out which host's bytes of a layer are wrong, drops them, and fetches them from the origin. The layer has arrived whole,
-// or does so first. With a table each span tells by itself; without, one piece of each source is fetched again and compared.
-func (j *job) heal(ctx context.Context, n int, cause error) error {
+// or does so first. With a table each span tells by itself; without, one piece of each source is fetched again and compared, and when that
+// shows nothing, all of the layer is: so one host, which builds the table, does that, and the others wait for what it finds out, and take the
+// right bytes from it, the first time.
+func (j *job) heal(ctx context.Context, n, try int, building bool, cause error) error {
 	b, h := j.spec.Blobs[n], j.blobs[n]
 	if err := h.wait(ctx, h.whole()); err != nil {
 		return err
+	}
+	layer := origin.Descriptor{Digest: b.Digest, Size: b.Size}
+	if !building && image.KeptTable(j.a.o.Store, layer) == nil {
+		late := time.NewTimer(tableWait)
+		defer late.Stop()
+		select {
+		case <-j.tableOf(b.Digest).done:
+		case <-late.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
 	j.healing.Lock()
 	defer j.healing.Unlock()
@@ -52,7 +70,14 @@ func (j *job) heal(ctx context.Context, n int, cause error) error {
 	for _, x := range bad {
 		_, r := j.plan.Range(x)
 		j.setBrought(x, originHost)
-		p, err := j.proper(ctx, n, r)
+		var p []byte
+		err := peer.ErrNotHere
+		if !building && try == 0 {
+			p, err = j.fromBuilder(ctx, n, r)
+		}
+		if err != nil {
+			p, err = j.proper(ctx, n, r)
+		}
 		if err == nil {
 			err = j.chain.Give(b.BlobRef, p, r.Start)
 		}
@@ -70,7 +95,8 @@ func (j *job) wrongPieces(ctx context.Context, n int) ([]planner.Piece, error) {
 	for x := from; x < to; x++ {
 		all = append(all, x)
 	}
-	if packed := image.KeptTable(j.a.o.Store, origin.Descriptor{Digest: j.spec.Blobs[n].Digest, Size: j.spec.Blobs[n].Size}); packed != nil {
+	layer := origin.Descriptor{Digest: j.spec.Blobs[n].Digest, Size: j.spec.Blobs[n].Size}
+	if packed := image.KeptTable(j.a.o.Store, layer); packed != nil {
 		if bad := j.wrongSpans(n, packed); len(bad) > 0 {
 			return bad, nil
 		}
@@ -150,6 +176,28 @@ func (j *job) proper(ctx context.Context, n int, r ztoc.Range) ([]byte, error) {
 		return nil, err
 	}
 	defer body.Close()
+	_, err = io.ReadFull(body, p)
+	return p, err
+}
+
+// fromBuilder reads r of a layer from the host that has built its table, and so has seen its digest match.
+func (j *job) fromBuilder(ctx context.Context, n int, r ztoc.Range) ([]byte, error) {
+	t := j.tableOf(j.spec.Blobs[n].Digest)
+	select {
+	case <-t.done:
+	default:
+		return nil, peer.ErrNotHere
+	}
+	i := j.plan.Host(t.by)
+	if i < 0 || i == j.me {
+		return nil, peer.ErrNotHere
+	}
+	body, err := j.fromHosts(ctx, j.spec.Blobs[n].Digest, r, []peer.Host{j.hostAt(i)})
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	p := make([]byte, r.Len())
 	_, err = io.ReadFull(body, p)
 	return p, err
 }

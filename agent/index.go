@@ -112,7 +112,7 @@ func (j *job) build(ctx context.Context, n int, l origin.Descriptor) (err error)
 		case err != nil && ctx.Err() != nil:
 			return context.Cause(ctx)
 		case (errors.Is(err, ztoc.ErrMismatch) || errors.Is(err, ztoc.ErrInvalid)) && try < healTries:
-			if err := j.heal(ctx, n, err); err != nil {
+			if err := j.heal(ctx, n, try, true, err); err != nil {
 				return err
 			}
 			continue
@@ -147,7 +147,7 @@ func (j *job) cores(l origin.Descriptor) int {
 
 // askTable asks a host for a layer's table, waiting until it is built.
 func (j *job) askTable(ctx context.Context, i, n int, l origin.Descriptor) error {
-	a, err := peer.Ask(ctx, j.a.client, j.hostAt(i), tableQuestion, peer.ZtocAsk{Layer: l.Digest, Plan: j.plan.ID().String(), Grant: j.spec.Access})
+	a, err := peer.Ask(ctx, j.a.client, j.hostAt(i), tableQuestion, peer.ZtocAsk{Layer: l.Digest, Plan: j.plan.ID().String(), Grant: j.shown})
 	if err != nil {
 		return err
 	}
@@ -155,7 +155,7 @@ func (j *job) askTable(ctx context.Context, i, n int, l origin.Descriptor) error
 		j.settle(l.Digest, tableState{by: a.Builder})
 		return j.blobs[n].wait(ctx, j.blobs[n].whole())
 	}
-	packed, err := j.a.client.Blob(ctx, j.hostAt(i), peer.Hello{Plan: j.plan.ID().String(), Rank: j.me, Grant: j.spec.Access}, a.Ref, maxTable)
+	packed, err := j.a.client.Blob(ctx, j.hostAt(i), j.hello(ztoc.Prefetch), a.Ref, maxTable)
 	if err != nil {
 		return err
 	}
@@ -279,7 +279,7 @@ func (j *job) prove(ctx context.Context, n int) error {
 		if try == healTries {
 			return err
 		}
-		if err := j.heal(ctx, n, err); err != nil {
+		if err := j.heal(ctx, n, try, false, err); err != nil {
 			return err
 		}
 	}

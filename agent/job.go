@@ -65,6 +65,8 @@ type job struct {
 	chain   *fetch.Chain
 	blobs   []*held // by number in the spec
 	failed  error   // freezing failed
+	shown   []byte  // the grant, as this host shows it
+	voucher string  // who signed it; empty: nobody whom this host believes
 
 	started chan struct{}                // closed when start is set
 	start   map[ztoc.Digest][]ztoc.Range // what the program touches first; nil: nothing is known
@@ -74,6 +76,8 @@ type job struct {
 	originGone atomic.Bool // the origin was asked in vain, and has given nothing since
 	begunLate  atomic.Bool // others have brought this host's part, or some of it
 	gaveUp     atomic.Bool // nothing is promised to others any more
+	fresh      atomic.Bool // what is here of the layers was brought by this job
+	accepted   atomic.Bool // fresh before the agent was started again
 
 	// Bytes and requests by source.
 	fromStore, fromPeer, fromOrigin, sent atomic.Int64
@@ -90,7 +94,8 @@ type job struct {
 	mu      sync.Mutex
 	order   order // see asked
 	repo    origin.Repository
-	extra   []*held // blobs held open until the job ends
+	verdict *verdict // see ownVerdict
+	extra   []*held  // blobs held open until the job ends
 	state   control.HostState
 	version int                   // of state
 	changed chan struct{}         // closed and replaced with each version

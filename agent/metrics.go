@@ -22,6 +22,7 @@ type metrics struct {
 	wrong      prometheus.Counter
 	indexed    prometheus.Counter
 	mounts     prometheus.Counter
+	denied     prometheus.Counter
 }
 
 func newMetrics(a *Agent) *metrics {
@@ -44,12 +45,13 @@ func newMetrics(a *Agent) *metrics {
 		wrong:      counter("muster_wrong_bytes_total", "Bytes that did not match their digest."),
 		indexed:    counter("muster_tables_built_total", "Tables of layers that were built here."),
 		mounts:     counter("muster_mounts_total", "Mounts that were made."),
+		denied:     counter("muster_denied_total", "Requests of other agents for blobs that they may not have."),
 	}
 	for _, source := range []string{"peer", "origin"} {
 		m.received.WithLabelValues(source)
 	}
 	m.registry.MustRegister(
-		m.received, m.sent, m.stages, m.took, m.passedOver, m.wrong, m.indexed, m.mounts,
+		m.received, m.sent, m.stages, m.took, m.passedOver, m.wrong, m.indexed, m.mounts, m.denied,
 		gauge("muster_jobs", "Jobs on this host.", func() float64 {
 			a.mu.Lock()
 			defer a.mu.Unlock()

@@ -16,6 +16,8 @@ type record struct {
 	Order order  `json:"order"`
 	Spec  []byte `json:"spec"`
 	Mount string `json:"mount"`
+	// Accepted says that the hosts of the job may have its bytes from here: the credentials that would show it are gone.
+	Accepted bool `json:"accepted"`
 }
 
 func (a *Agent) recordsDir() string { return filepath.Join(a.o.Store.Dir(), "state", "jobs") }
@@ -26,7 +28,7 @@ func (a *Agent) recordPath(id string) string {
 
 // remember writes a job's record. Without it the mount lives as well, but a restarted agent takes it for nobody's.
 func (a *Agent) remember(j *job) {
-	r := record{ID: j.id, Order: j.asked(), Spec: j.encoded, Mount: a.mountDir(j.id)}
+	r := record{ID: j.id, Order: j.asked(), Spec: j.encoded, Mount: a.mountDir(j.id), Accepted: j.fresh.Load() || j.accepted.Load()}
 	r.Order.Secret = nil
 	b, err := json.Marshal(r)
 	if err == nil {
@@ -72,6 +74,7 @@ func (a *Agent) restore() {
 		a.keep(a.ctx, r.Mount)
 		j := a.newJob(r.ID, r.Order)
 		close(j.ordered)
+		j.accepted.Store(r.Accepted)
 		j.offered <- r.Spec
 		j.change(func(s *control.HostState) { s.Mount = r.Mount })
 		a.mu.Lock()

@@ -96,7 +96,7 @@ func (j *job) demand(ctx context.Context, n int, p []byte, off int64) error {
 	if h.blob.ReadAt(p, off) == nil {
 		return nil
 	}
-	hello := peer.Hello{Plan: j.plan.ID().String(), Rank: j.me, Grant: j.spec.Access}
+	hello := j.hello(ztoc.Demand)
 	t := j.plan.Tree(j.plan.PieceAt(n, off))
 	for _, i := range slices.Backward(j.plan.Ancestors(t, j.me)) { // the root first: it has everything first
 		if j.isLate(i) || j.gaveUp.Load() {

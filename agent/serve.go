@@ -9,8 +9,8 @@ import (
 	"github.com/muster-hpc/muster/ztoc"
 )
 
-// Open is what other hosts take ranges from (peer.Source): every blob of the store, and, of the jobs under way, what will be
-// there. It answers from what there is; only for its own plan, and a host that stands behind this one in it, a piece is promised.
+// Open is what other hosts take ranges from (peer.Source): every blob of the store that the asker may have (grant.go), and, of the jobs under
+// way, what will be there. It answers from what there is; only for its own plan, and a host that stands behind this one in it, a piece is promised.
 func (a *Agent) Open(ctx context.Context, from peer.Asker, d ztoc.Digest) (peer.Blob, error) {
 	var j *job
 	if from.Plan != "" {
@@ -29,6 +29,10 @@ func (a *Agent) Open(ctx context.Context, from peer.Asker, d ztoc.Digest) (peer.
 	h := a.shelf.find(d)
 	if h == nil {
 		return nil, peer.ErrNotHere
+	}
+	if err := a.mayTake(ctx, from, j, d); err != nil {
+		h.close()
+		return nil, err
 	}
 	b := &served{held: h, a: a, number: -1, asker: -1}
 	if j != nil {

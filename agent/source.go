@@ -62,6 +62,9 @@ func (s source) fromOrigin(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io
 	if err != nil {
 		return s.instead(ctx, d, r, err)
 	}
+	if len(j.asked().Secret) == 0 {
+		j.a.nowOpen(d)
+	}
 	return &counted{s: s, ctx: ctx, d: d, r: r, body: body}, nil
 }
 
@@ -139,7 +142,7 @@ func (h *hostsReader) fill() error {
 	var errs error = peer.ErrNotHere
 	for _, host := range h.hosts {
 		ctx, cancel := context.WithTimeout(h.ctx, h.j.a.o.Ask)
-		err := h.j.a.client.Read(ctx, host, peer.Hello{Plan: h.j.plan.ID().String(), Rank: h.j.me, Grant: h.j.spec.Access}, h.d, p, h.r.Start)
+		err := h.j.a.client.Read(ctx, host, h.j.hello(ztoc.Demand), h.d, p, h.r.Start)
 		cancel()
 		if err == nil {
 			h.j.peerRequests.Add(1)

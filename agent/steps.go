@@ -110,7 +110,7 @@ func (in *intake) lookBehind(r planner.Run) {
 	p := make([]byte, piece.Len())
 	for _, d := range j.plan.Deputies(j.plan.Tree(r.First)) {
 		ctx, cancel := context.WithTimeout(in.ctx, lookBehindFor)
-		err := j.a.client.Read(ctx, j.hostAt(d), peer.Hello{Plan: j.plan.ID().String(), Rank: j.me, Grant: j.spec.Access}, j.spec.Blobs[r.Blob].Digest, p, piece.Start)
+		err := j.a.client.Read(ctx, j.hostAt(d), j.hello(ztoc.Demand), j.spec.Blobs[r.Blob].Digest, p, piece.Start)
 		cancel()
 		if err == nil {
 			j.a.log.Info("begun late: others have this host's part already", "job", j.id)
@@ -271,7 +271,7 @@ func (f *feed) receive() error {
 	in, j := f.in, f.in.j
 	ctx, cancel := context.WithCancelCause(in.ctx)
 	defer cancel(nil)
-	s, err := j.a.client.Open(ctx, j.hostAt(f.host), peer.Hello{Plan: j.plan.ID().String(), Rank: j.me, Priority: ztoc.Prefetch, Grant: j.spec.Access})
+	s, err := j.a.client.Open(ctx, j.hostAt(f.host), j.hello(ztoc.Prefetch))
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,7 @@ import (
 	"github.com/muster-hpc/muster/agent/store"
 	"github.com/muster-hpc/muster/peer"
 	"github.com/muster-hpc/muster/tests/registry"
+	"github.com/muster-hpc/muster/ztoc"
 )
 
 // layer is a tar archive of about n bytes, half of which compress.
@@ -60,12 +61,13 @@ func layer(t *testing.T, seed uint64, n int) v1.Layer {
 
 // A world is a registry with an image and a network.
 type world struct {
-	t     *testing.T
-	proxy *registry.Proxy
-	image string
-	size  int64 // of the layers
-	net   *peer.Memory
-	dir   string
+	t      *testing.T
+	proxy  *registry.Proxy
+	image  string
+	size   int64 // of the layers
+	layers []ztoc.BlobRef
+	net    *peer.Memory
+	dir    string
 }
 
 func newWorld(t *testing.T, layers ...int) *world {
@@ -87,6 +89,11 @@ func newWorld(t *testing.T, layers ...int) *world {
 		if err != nil {
 			t.Fatal(err)
 		}
+		d, err := l.Digest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.layers = append(w.layers, ztoc.BlobRef{Digest: ztoc.Digest(d.String()), Size: size})
 		w.size += size
 		if img, err = mutate.AppendLayers(img, l); err != nil {
 			t.Fatal(err)
@@ -225,26 +232,9 @@ func (w *world) stage(at *node, n int, change func(*control.StageRequest)) *cont
 // verify looks whether a node has every layer, byte by byte.
 func (w *world) verify(n *node) {
 	w.t.Helper()
-	ref, err := name.ParseReference(w.image, name.Insecure)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	img, err := remote.Image(ref)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	layers, err := img.Layers()
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	for _, l := range layers {
-		d, err := l.Digest()
-		if err != nil {
-			w.t.Fatal(err)
-		}
-		ref, ok := n.store.Find(ztocDigest(d.String()))
-		if !ok {
-			w.t.Errorf("%s does not have %s", n.name, d)
+	for _, ref := range w.layers {
+		if _, ok := n.store.Find(ref.Digest); !ok {
+			w.t.Errorf("%s does not have %s", n.name, ref.Digest)
 			continue
 		}
 		b, err := n.store.Blob(ref)

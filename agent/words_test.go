@@ -4,11 +4,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
-
-	"github.com/muster-hpc/muster/ztoc"
 )
-
-func ztocDigest(s string) ztoc.Digest { return ztoc.Digest(s) }
 
 // command runs a program that prints "value  key" lines.
 func command(t *testing.T, name string, args ...string) (map[string]string, error) {

@@ -20,6 +20,9 @@ type Network interface {
 	greet(ctx context.Context, conn net.Conn) (*session, error)
 	// dial reaches a host, and no other one that may answer at its address.
 	dial(ctx context.Context, to Host, proto string) (*session, error)
+	// sign and signer are Client.Sign and Client.Signer.
+	sign(b []byte) ([]byte, error)
+	signer(b, signature []byte) (string, error)
 }
 
 // A session is a connection of which both ends know who is at the other.

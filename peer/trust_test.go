@@ -347,3 +347,35 @@ func TestIssue(t *testing.T) {
 		t.Errorf("%d gossip keys, %v", len(keys), err)
 	}
 }
+
+// TestSignatures shows whose word counts: that of hosts of the cluster, about what they have said.
+func TestSignatures(t *testing.T) {
+	ca, other := newCA(t), newCA(t)
+	a := peertest.Client(t, peer.NewTCP(load(t, dir(t, ca, "a", time.Hour)), peer.TCPOptions{}), peer.ClientOptions{})
+	b := peertest.Client(t, peer.NewTCP(load(t, dir(t, ca, "b", time.Hour)), peer.TCPOptions{}), peer.ClientOptions{})
+	stranger := peertest.Client(t, peer.NewTCP(load(t, dir(t, other, "a", time.Hour)), peer.TCPOptions{}), peer.ClientOptions{})
+	said := []byte("the origin accepts alice")
+	s, err := a.Sign(said)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if name, err := b.Signer(said, s); err != nil || name != "a" {
+		t.Errorf("%q, %v", name, err)
+	}
+	bad := func(what string, said, s []byte) {
+		t.Helper()
+		if name, err := b.Signer(said, s); !errors.Is(err, peer.ErrDenied) {
+			t.Errorf("%s: %q, %v", what, name, err)
+		}
+	}
+	bad("other words", []byte("the origin accepts bob"), s)
+	for n := range s {
+		bad("cut short", said, s[:n])
+	}
+	s[len(s)-1] ^= 1
+	bad("a changed bit", said, s)
+	if s, err = stranger.Sign(said); err != nil {
+		t.Fatal(err)
+	}
+	bad("a stranger", said, s)
+}

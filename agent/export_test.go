@@ -1,0 +1,12 @@
+package agent
+
+import (
+	"github.com/muster-hpc/muster/peer"
+	"github.com/muster-hpc/muster/planner"
+)
+
+// Vouch gives a spec a grant that somebody signs.
+func Vouch(c *peer.Client, spec *planner.JobSpec) error { return vouch(c, spec) }
+
+// Shown is a spec's grant as one of its hosts shows it.
+func Shown(spec *planner.JobSpec, host int) []byte { return shown(spec, host) }
