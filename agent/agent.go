@@ -121,6 +121,7 @@ type Agent struct {
 	server  *peer.Server
 	metrics *metrics
 	keeper  *mountd.Keeper      // of the mounts
+	history *history            // of stages
 	inflate *semaphore.Weighted // how many layers are inflated at once
 
 	ctx    context.Context // of all jobs
@@ -159,7 +160,8 @@ func New(o Options) (*Agent, error) {
 		o: o, log: o.Log, began: time.Now(), shelf: newShelf(o.Store), inflate: semaphore.NewWeighted(int64(runtime.GOMAXPROCS(0))),
 		jobs: map[string]*job{}, plans: map[string]*job{}, tasks: map[string]bool{}, tasksChanged: make(chan struct{}), news: make(chan struct{}), drained: make(chan struct{}),
 		holders: peer.NewHolderTable(0), announced: make(chan struct{}, 1),
-		keeper: mountd.NewKeeper(o.Log, o.MountConf.Log),
+		history: newHistory(o.Store),
+		keeper:  mountd.NewKeeper(o.Log, o.MountConf.Log),
 	}
 	a.ctx, a.cancel = context.WithCancelCause(context.Background())
 	a.metrics = newMetrics(a)

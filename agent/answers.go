@@ -61,6 +61,10 @@ func (a *Agent) handle() {
 	peer.Handle(a.server, stateQuestion, func(ctx context.Context, _ string, q stateAsk) (stateAnswer, error) {
 		return a.stateOf(ctx, q)
 	})
+	peer.Handle(a.server, clockQuestion, func(context.Context, string, struct{}) (reading, error) { return readClock(), nil })
+	peer.Handle(a.server, recordQuestion, func(_ context.Context, _ string, q recordAsk) (recordAnswer, error) {
+		return a.recordsHere(q), nil
+	})
 	peer.Handle(a.server, unstageQuestion, func(ctx context.Context, _ string, q unstageAsk) (control.UnstagedHost, error) {
 		return a.unstageHere(ctx, q), nil
 	})

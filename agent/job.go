@@ -83,6 +83,14 @@ type job struct {
 	fromStore, fromPeer, fromOrigin, sent atomic.Int64
 	peerRequests, originRequests          atomic.Int64
 
+	// What records tell of: where the time went.
+	before               tally        // what the host had done when the job began
+	first                atomic.Bool  // bytes have come
+	originWait, peerWait atomic.Int64 // nanoseconds of waiting, of all requests together
+	paced                atomic.Int64 // bytes that came in peerWait
+	clock                reading      // when the job began
+	restored             bool         // found by a restarted agent: its record is written already
+
 	asking  sync.Once                   // the directory is asked for holders
 	holders map[ztoc.Digest][]peer.Host // set by asking
 	quiet   atomic.Int64                // unix nanoseconds until which the origin is left alone, because it has said so to somebody
@@ -99,6 +107,7 @@ type job struct {
 	state   control.HostState
 	version int                   // of state
 	changed chan struct{}         // closed and replaced with each version
+	worked  *control.Work         // until readiness; nil before
 	late    map[int]string        // hosts that are passed over
 	from    map[planner.Piece]int // which host brought a piece; originHost for the origin
 }
@@ -108,10 +117,10 @@ const originHost = -1
 
 func (a *Agent) newJob(id string, o order) *job {
 	j := &job{
-		a: a, order: o, id: id, began: time.Now(), ordered: make(chan struct{}), offered: make(chan []byte, 1), started: make(chan struct{}),
+		a: a, order: o, id: id, began: time.Now(), clock: readClock(), ordered: make(chan struct{}), offered: make(chan []byte, 1), started: make(chan struct{}),
 		over: make(chan struct{}), frozen: make(chan struct{}), changed: make(chan struct{}),
 		late: map[int]string{}, from: map[planner.Piece]int{},
-		state: control.HostState{Host: a.o.Name, Phase: control.PhaseWaiting},
+		state: control.HostState{Host: a.o.Name, Phase: control.PhaseWaiting}, before: a.tally(),
 	}
 	ctx, cancel := context.WithCancelCause(a.ctx)
 	j.ctx, j.cancel = ctx, cancel
@@ -192,6 +201,33 @@ func (j *job) mark(name string, from time.Time) {
 	j.change(func(s *control.HostState) {
 		s.Phases = append(s.Phases, control.Phase{Name: name, Start: from.Sub(j.began), End: time.Since(j.began)})
 	})
+}
+
+// point records that something was reached.
+func (j *job) point(name string) {
+	j.change(func(s *control.HostState) {
+		now := time.Since(j.began)
+		s.Phases = append(s.Phases, control.Phase{Name: name, Start: now, End: now})
+	})
+}
+
+// The places that bytes come from, as metrics name them.
+const (
+	fromPeer   = "peer"
+	fromOrigin = "origin"
+)
+
+// got counts bytes that came.
+func (j *job) got(from string, n int64) {
+	if from == fromPeer {
+		j.fromPeer.Add(n)
+	} else {
+		j.fromOrigin.Add(n)
+	}
+	j.a.metrics.received.WithLabelValues(from).Add(float64(n))
+	if !j.first.Load() && j.first.CompareAndSwap(false, true) {
+		j.point(control.PointFirstByte)
+	}
 }
 
 // status is the state with the numbers of this moment.

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/muster-hpc/muster/agent/control"
@@ -173,8 +174,46 @@ func BuildMount(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
 	return &mountd.Source{
 		Config: img.Config(), Mount: lazyfs.MountOptions{Name: q.Image, Context: q.SELinux, AllowOther: os.Geteuid() == 0},
 		Table: img.TableFile(), State: []byte("{}"), Close: closeAll,
-		Serving: func(ctx context.Context, s *lazyfs.Server) { img.Guess(ctx, s) },
+		Serving: func(ctx context.Context, s *lazyfs.Server) {
+			var wg sync.WaitGroup
+			defer wg.Wait()
+			wg.Go(func() { tellFirstRead(ctx, c, q.Job, s) })
+			img.Guess(ctx, s)
+		},
 	}, nil
+}
+
+// How often a mount looks whether a program reads: seldom when it has been idle for long, so that it costs nothing.
+const (
+	firstReadEvery = 50 * time.Millisecond
+	firstReadShare = 100 // of the time so far
+	firstReadMost  = 2 * time.Second
+)
+
+// tellFirstRead tells the agent when a program begins to read in the mount.
+func tellFirstRead(ctx context.Context, c *control.Client, job string, s *lazyfs.Server) {
+	began := time.Now()
+	for s.Stats().Reads == 0 {
+		select {
+		case <-time.After(min(max(firstReadEvery, time.Since(began)/firstReadShare), firstReadMost)):
+		case <-ctx.Done():
+			return
+		}
+	}
+	seen := time.Now()
+	for range 5 { // the agent may be started again just now, or still be writing the stage down
+		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+		err := c.FirstRead(ask, control.FirstReadRequest{Job: job, Ago: time.Since(seen)})
+		cancel()
+		if err == nil {
+			return
+		}
+		select {
+		case <-time.After(2 * time.Second):
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // agentPatience is how long a reader of a mount waits for an agent that does not answer: long enough for an upgrade.

@@ -73,6 +73,9 @@ func (a *Agent) restore() {
 		}
 		a.keep(a.ctx, r.Mount)
 		j := a.newJob(r.ID, r.Order)
+		if known, err := a.history.find(r.ID); err == nil && known.State.Done() {
+			j.restored = true
+		}
 		close(j.ordered)
 		j.accepted.Store(r.Accepted)
 		j.offered <- r.Spec

@@ -112,7 +112,7 @@ func (j *job) demand(ctx context.Context, n int, p []byte, off int64) error {
 		}
 		cancel()
 		if err == nil {
-			j.fromPeer.Add(int64(len(p)))
+			j.got(fromPeer, int64(len(p)))
 			j.peerRequests.Add(1)
 			_ = j.chain.Give(j.spec.Blobs[n].BlobRef, p, off) // whole blocks of it
 			return nil

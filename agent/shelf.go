@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/muster-hpc/muster/agent/store"
 	"github.com/muster-hpc/muster/ztoc"
@@ -14,6 +16,8 @@ import (
 // through it.
 type shelf struct {
 	store *store.Store
+
+	writing, written atomic.Int64 // nanoseconds spent writing, of all writers together, and bytes
 
 	mu    sync.Mutex
 	blobs map[ztoc.Digest]*held // an entry has at least one user
@@ -90,7 +94,10 @@ func (h *held) close() {
 
 // WriteAt stores bytes, as store.Blob does, and tells who watches.
 func (h *held) WriteAt(p []byte, off int64) error {
+	began := time.Now()
 	err := h.blob.WriteAt(p, off)
+	h.shelf.writing.Add(int64(time.Since(began)))
+	h.shelf.written.Add(int64(len(p)))
 	h.tell(ztoc.Range{Start: off, End: off + int64(len(p))})
 	return err
 }

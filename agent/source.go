@@ -58,7 +58,9 @@ func (s source) fromOrigin(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io
 		return nil, err
 	}
 	j.originRequests.Add(1)
+	began := time.Now()
 	body, err := repo.Blob(ctx, d, r)
+	j.originWait.Add(int64(time.Since(began)))
 	if err != nil {
 		return s.instead(ctx, d, r, err)
 	}
@@ -95,12 +97,13 @@ type counted struct {
 }
 
 func (c *counted) Read(p []byte) (int, error) {
+	began := time.Now()
 	n, err := c.body.Read(p)
+	c.s.j.originWait.Add(int64(time.Since(began)))
 	if n > 0 {
 		j := c.s.j
 		j.originGone.Store(false)
-		j.fromOrigin.Add(int64(n))
-		j.a.metrics.received.WithLabelValues("origin").Add(float64(n))
+		j.got(fromOrigin, int64(n))
 		c.r.Start += int64(n)
 	}
 	if err != nil && !errors.Is(err, io.EOF) && !c.r.Empty() {
@@ -146,8 +149,7 @@ func (h *hostsReader) fill() error {
 		cancel()
 		if err == nil {
 			h.j.peerRequests.Add(1)
-			h.j.fromPeer.Add(int64(len(p)))
-			h.j.a.metrics.received.WithLabelValues("peer").Add(float64(len(p)))
+			h.j.got(fromPeer, int64(len(p)))
 			h.buf.Reset(p)
 			h.r.Start += int64(len(p))
 			return nil

@@ -21,6 +21,7 @@ func (j *job) stage(ctx context.Context) error {
 		return err
 	}
 	close(j.frozen)
+	j.point(control.PointResolved)
 
 	j.phase("fetch")
 	g, ctx := errgroup.WithContext(ctx)
@@ -33,6 +34,7 @@ func (j *job) stage(ctx context.Context) error {
 		if err := j.index(ctx, img); err != nil {
 			return err
 		}
+		j.point(control.PointIndexed)
 		j.findStart(ctx, img)
 		if err := j.present(ctx, img); err != nil {
 			return err
@@ -44,6 +46,7 @@ func (j *job) stage(ctx context.Context) error {
 		return err
 	}
 	j.reached(control.Complete)
+	j.record()
 	j.a.haveNews()
 	return nil
 }
@@ -100,6 +103,8 @@ func (j *job) fail(err error) {
 	took := time.Since(j.began)
 	j.phase(control.PhaseFailed)
 	j.change(func(s *control.HostState) { s.Error, s.Code, s.Took = err.Error(), code, took })
+	j.measured()
+	j.record()
 }
 
 // reached notes a readiness. The order is done when it is the one that was asked for.
@@ -111,7 +116,7 @@ func (j *job) reached(r control.Ready) {
 		if level[r] > level[s.Ready] {
 			s.Ready = r
 		}
-		s.Phases = append(s.Phases, control.Phase{Name: "ready " + string(r), Start: took, End: took})
+		s.Phases = append(s.Phases, control.Phase{Name: control.PointReady + string(r), Start: took, End: took})
 		done = !s.Done() && level[s.Ready] >= level[asked.Ready]
 	})
 	if !done {
@@ -130,6 +135,8 @@ func (j *job) reached(r control.Ready) {
 	})
 	j.a.metrics.stages.WithLabelValues("done").Inc()
 	j.a.metrics.took.Observe(took.Seconds())
+	j.measured()
+	j.record()
 	j.a.audit("stage", "job", j.id, "image", j.asked().Image, "digest", string(j.spec.Manifest), "uid", j.asked().UID, "ready", string(r), "seconds", took.Seconds())
 }
 

@@ -275,7 +275,12 @@ func (f *feed) receive() error {
 	if err != nil {
 		return err
 	}
-	defer s.Close()
+	defer func() {
+		b, waited := s.Pace()
+		j.paced.Add(b)
+		j.peerWait.Add(int64(waited))
+		s.Close()
+	}()
 	j.peerRequests.Add(1)
 	in.mu.Lock()
 	f.stream, f.give = s, cancel
@@ -348,8 +353,7 @@ func (f *feed) bytes(e peer.Event) error {
 		return fmt.Errorf("%w: %w", errNotKept, err)
 	}
 	j.brought(b, e.Range, f.host)
-	j.fromPeer.Add(e.Range.Len())
-	j.a.metrics.received.WithLabelValues("peer").Add(float64(e.Range.Len()))
+	j.got(fromPeer, e.Range.Len())
 	f.got.Add(e.Range.Len())
 	return nil
 }

@@ -116,6 +116,7 @@ func (a *Agent) end(ctx context.Context, j *job) (busy bool, err error) {
 	a.forget(j)
 	a.mu.Unlock()
 	a.forgetRecord(j.id)
+	j.record() // what came and was passed on until the end
 	j.release()
 	return busy, nil
 }

@@ -46,7 +46,7 @@ func (e *errorsOf) scores() Scores {
 			return Score{}
 		}
 		round := func(v float64) float64 { return math.Round(v*1e5) / 1e5 }
-		return Score{len(x), round(median(x)), round(quantile(x, 0.9))}
+		return Score{len(x), round(median(x)), round(Quantile(x, 0.9))}
 	}
 	return Scores{of(e.all), of(e.apps), of(e.zeros), of(e.makespan)}
 }

@@ -292,10 +292,10 @@ func Usable(events []Event) []Event {
 	return slices.DeleteFunc(slices.Clone(events), func(e Event) bool { return e.Suspect || e.Pull <= 0.05 })
 }
 
-func median(x []float64) float64 { return quantile(x, 0.5) }
+func median(x []float64) float64 { return Quantile(x, 0.5) }
 
-// quantile is the q-quantile of x by linear interpolation between order statistics, NaN for none. It leaves x as it is.
-func quantile(x []float64, q float64) float64 {
+// Quantile is the q-quantile of x by linear interpolation between order statistics, NaN for none. It leaves x as it is.
+func Quantile(x []float64, q float64) float64 {
 	if len(x) == 0 {
 		return math.NaN()
 	}

@@ -254,7 +254,7 @@ func rates(m *Model, events []Event) Range {
 	if len(all) == 0 {
 		return Range{}
 	}
-	return Range{Low: quantile(all, 0.1), Mid: median(all), High: quantile(all, 0.9)}
+	return Range{Low: Quantile(all, 0.1), Mid: median(all), High: Quantile(all, 0.9)}
 }
 
 // spreads are how hosts of real pulls differ from their run's median. Mounts and zeros say nothing about that; where there
@@ -281,7 +281,7 @@ func spreads(m *Model) Spread {
 		return Spread{}
 	}
 	const quartiles = 1.349 // distance of a normal distribution's, in standard deviations
-	s := Spread{Body: (quantile(real, 0.75) - quantile(real, 0.25)) / quartiles}
+	s := Spread{Body: (Quantile(real, 0.75) - Quantile(real, 0.25)) / quartiles}
 	var slow []float64
 	for _, d := range real {
 		if d > math.Log(slowFactor) {
@@ -290,7 +290,7 @@ func spreads(m *Model) Spread {
 	}
 	if len(slow) > 0 {
 		s.SlowShare = float64(len(slow)) / float64(len(real))
-		s.SlowRatio = Range{quantile(slow, 0.1), median(slow), quantile(slow, 0.9)}
+		s.SlowRatio = Range{Quantile(slow, 0.1), median(slow), Quantile(slow, 0.9)}
 	} else {
 		s.SlowRatio = Range{1, 1, 1}
 	}

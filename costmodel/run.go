@@ -122,8 +122,11 @@ func registry(strategy string) string {
 	return strategy
 }
 
-// mounting tells whether a strategy may mount images instead of pulling them, by its name.
+// mounting tells whether a strategy may mount images instead of pulling them, by its name. What waits until everything is there pulls.
 func mounting(strategy string) bool {
+	if strings.HasSuffix(strategy, "-complete") {
+		return false
+	}
 	return strings.Contains(strategy, "stream") || strings.Contains(strategy, "lazy") || strings.Contains(strategy, "muster")
 }
 
@@ -156,7 +159,7 @@ func lazyOf(runs []run) map[string]lazy {
 			each = append(each, m)
 			l.Layers[r.Image] = r.Layers
 		}
-		bound := mountFactor * quantile(each, 0.1)
+		bound := mountFactor * Quantile(each, 0.1)
 		n := 0
 		for image, t := range times {
 			if l.Mounted[image] = median(t) <= bound; l.Mounted[image] {

@@ -52,6 +52,17 @@ func (f *fake) Prestage(ctx context.Context, _ control.Caller, _ control.Prestag
 
 func (f *fake) Tasks(context.Context, control.Caller, control.TasksRequest) error { return nil }
 
+func (f *fake) FirstRead(context.Context, control.Caller, control.FirstReadRequest) error { return nil }
+
+func (f *fake) Records(_ context.Context, c control.Caller, q control.RecordsRequest, tell func(control.RecordsEvent) error) error {
+	for i := range 3 {
+		if err := tell(control.RecordsEvent{Hosts: []control.HostRecords{{Host: q.Job, Records: make([]control.Record, i)}}}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (f *fake) Read(_ context.Context, _ control.Caller, q control.ReadRequest, send func([]byte) error) error {
 	buf := make([]byte, 1000) // one for all, as the agent does
 	for b := f.data[q.Range.Start:q.Range.End]; len(b) > 0; {

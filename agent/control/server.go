@@ -24,6 +24,8 @@ type Agent interface {
 	Tasks(ctx context.Context, c Caller, q TasksRequest) error
 	// Read gives bytes of q.Range in order, some in each call of send, which keeps none of them.
 	Read(ctx context.Context, c Caller, q ReadRequest, send func([]byte) error) error
+	Records(ctx context.Context, c Caller, q RecordsRequest, tell func(RecordsEvent) error) error
+	FirstRead(ctx context.Context, c Caller, q FirstReadRequest) error
 }
 
 // A Server answers on a socket.
@@ -89,6 +91,9 @@ var description = grpc.ServiceDesc{
 		{MethodName: "Tasks", Handler: unary(func(s *Server, ctx context.Context, c Caller, q TasksRequest) (struct{}, error) {
 			return struct{}{}, s.Agent.Tasks(ctx, c, q)
 		})},
+		{MethodName: "FirstRead", Handler: unary(func(s *Server, ctx context.Context, c Caller, q FirstReadRequest) (struct{}, error) {
+			return struct{}{}, s.Agent.FirstRead(ctx, c, q)
+		})},
 	},
 	Streams: []grpc.StreamDesc{
 		{StreamName: "Stage", ServerStreams: true, Handler: streaming(func(s *Server, ctx context.Context, c Caller, q StageRequest, send func(StageEvent) error) error {
@@ -96,6 +101,9 @@ var description = grpc.ServiceDesc{
 		})},
 		{StreamName: "Prestage", ServerStreams: true, Handler: streaming(func(s *Server, ctx context.Context, c Caller, q PrestageRequest, send func(PrestageEvent) error) error {
 			return s.Agent.Prestage(ctx, c, q, send)
+		})},
+		{StreamName: "Records", ServerStreams: true, Handler: streaming(func(s *Server, ctx context.Context, c Caller, q RecordsRequest, send func(RecordsEvent) error) error {
+			return s.Agent.Records(ctx, c, q, send)
 		})},
 		{StreamName: "Read", ServerStreams: true, Handler: streaming(func(s *Server, ctx context.Context, c Caller, q ReadRequest, send func(chunk) error) error {
 			return s.Agent.Read(ctx, c, q, func(b []byte) error { return send(chunk{b}) })

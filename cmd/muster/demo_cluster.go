@@ -23,6 +23,9 @@ import (
 // demoHosts is how many hosts the demo's cluster has.
 const demoHosts = 4
 
+// demoInstance is what the demo's report takes its hosts for.
+const demoInstance = "p5.48xlarge"
+
 // A demoHost is a host of the demo's cluster: an agent on loopback with a store, keys and mounts of its own.
 type demoHost struct {
 	name, addr string
@@ -88,10 +91,14 @@ func (d *demonstration) cluster(ctx context.Context, img origin.Image) (err erro
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	if r, err = stage(control.Complete); err != nil {
+	if _, err = stage(control.Complete); err != nil {
 		return fmt.Errorf("stage: %w", err)
 	}
-	printReport(out, &r, false)
+	text, err := d.on(ctx, hosts[0], "report", "demo", "--instance", demoInstance).Output()
+	if err != nil {
+		return fmt.Errorf("report: %w", err)
+	}
+	fmt.Fprintf(out, "\n   What the agents remember of it: 'muster report demo --instance %s'\n%s", demoInstance, text)
 	var sent int64
 	for _, q := range d.proxy.Log(registry.Match{}) {
 		sent += q.Bytes

@@ -26,8 +26,7 @@ func badScenario(format string, args ...any) error {
 // estimateFlags are what an estimate is asked with.
 type estimateFlags struct {
 	hosts    int
-	instance string
-	price    string
+	money    priceFlags
 	registry string
 	model    string
 	times    int
@@ -72,8 +71,7 @@ no default for --hosts and for the price.
 		},
 	}
 	c.Flags().IntVar(&f.hosts, "hosts", 0, "number of hosts that need the images")
-	c.Flags().StringVar(&f.instance, "instance", "", "instance type, for its price: "+strings.Join(slices.Sorted(maps.Keys(costmodel.Instances)), ", "))
-	c.Flags().StringVar(&f.price, "price", "", "dollars per hour and host, in place of --instance")
+	f.money.add(c, "instance type, for its price")
 	c.Flags().StringVar(&f.registry, "registry", "", "registry as the model knows it (ghcr, ar, ...); default by the images' names")
 	c.Flags().StringVar(&f.model, "model", "", "file of 'muster estimate fit'; default the study's model")
 	c.Flags().IntVar(&f.times, "times", f.times, "how many times the images are needed one after another")
@@ -107,7 +105,7 @@ func (a *app) estimate(ctx context.Context, args []string, f *estimateFlags) (*e
 	if f.hosts < 1 {
 		return nil, badScenario("--hosts is %d; it must be 1 or more", f.hosts)
 	}
-	price, err := f.priceParameter()
+	price, err := f.money.parameter()
 	if err != nil {
 		return nil, err
 	}
@@ -169,7 +167,19 @@ func openModel(file string) (*costmodel.Model, error) {
 	return m, nil
 }
 
-func (f *estimateFlags) priceParameter() (costmodel.Parameter, error) {
+// priceFlags say what a host costs.
+type priceFlags struct{ instance, price string }
+
+func (f *priceFlags) add(c *cobra.Command, instance string) {
+	c.Flags().StringVar(&f.instance, "instance", "", instance+": "+instanceTypes())
+	c.Flags().StringVar(&f.price, "price", "", "dollars per hour and host, in place of --instance")
+}
+
+func instanceTypes() string { return strings.Join(slices.Sorted(maps.Keys(costmodel.Instances)), ", ") }
+
+func (f *priceFlags) given() bool { return f.instance != "" || f.price != "" }
+
+func (f *priceFlags) parameter() (costmodel.Parameter, error) {
 	switch {
 	case f.price != "" && f.instance != "":
 		return costmodel.Parameter{}, badScenario("--price and --instance are both given: one is enough")
@@ -177,7 +187,7 @@ func (f *estimateFlags) priceParameter() (costmodel.Parameter, error) {
 		return costmodel.PriceOf(f.instance)
 	case f.price == "":
 		return costmodel.Parameter{}, badScenario("no price: give --price in dollars per hour and host, or --instance with one of %s",
-			strings.Join(slices.Sorted(maps.Keys(costmodel.Instances)), ", "))
+			instanceTypes())
 	}
 	r, err := parseRange(f.price, "$/h")
 	if err != nil {

@@ -40,6 +40,7 @@ var allowed = map[string]struct {
 	"planner/sim/trees": {[]string{"planner/sim"}, "prints the tables of docs/trees.md"},
 	"jobhooks/hostlist": {nil, "a list of hosts is text: who reads one needs nothing else"},
 	"costmodel":         {nil, "arithmetic over numbers that others bring: planner and cmd ask it, it asks nobody"},
+	"report":            {[]string{"agent/control", "costmodel", "ztoc"}, "a report is arithmetic over what agents remember; fetching that and drawing it is others' business"},
 	"agent": {
 		[]string{
 			"agent/control", "agent/fetch", "agent/image", "agent/origin", "agent/store", "peer", "planner",
@@ -55,7 +56,7 @@ var allowed = map[string]struct {
 		[]string{
 			"agent/origin", "agent/store", "agent/fetch", "agent/image", "agent/runtime",
 			"agent", "agent/control", "peer", "planner", "jobhooks/hostlist", "configs",
-			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "costmodel", "tests/registry",
+			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "costmodel", "report", "tests/registry",
 		},
 		"the command puts packages together; the demo alone uses the test registry",
 	},
