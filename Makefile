@@ -8,10 +8,20 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 export CGO_ENABLED := 0
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-mount bench-ztoc bench-inflate sim-trees clean
+# Where the C parts go: Slurm's plug-in and TaskProlog. A plug-in is good for the release of Slurm whose headers it saw.
+PLUGIN  := build
+SPANK   := jobhooks/slurm/spank
+
+.PHONY: build plugin demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-mount bench-ztoc bench-inflate sim-trees clean
 
 build:
 	$(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/muster
+
+# Needs a C compiler and Slurm's headers (Debian: gcc, libslurm-dev).
+plugin:
+	@mkdir -p $(PLUGIN)
+	$(CC) -D_GNU_SOURCE -O2 -Wall -Wextra -Wno-unused-parameter -Werror -shared -fPIC -o $(PLUGIN)/spank_muster.so $(SPANK)/muster.c
+	$(CC) -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -static -s -o $(PLUGIN)/task-prolog $(SPANK)/task-prolog.c
 
 # A registry inside the program, a real image in it, a program run from it lazily, a plain pull and unpack of the
 # same image beside it, and a cluster of four agents that pull it once. Building the image the first time takes a

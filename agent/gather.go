@@ -29,12 +29,16 @@ func (a *Agent) Stage(ctx context.Context, c control.Caller, q control.StageRequ
 		return err
 	}
 	a.audit("stage-asked", "job", o.Job, "image", o.Image, "uid", o.UID, "caller", c.String(), "hosts", len(o.Hosts))
-	g := &gathering{a: a, o: o, began: began, states: make([]control.HostState, len(o.Hosts)), fresh: make(chan struct{}, 1)}
+	watched := o.Hosts
+	if q.Here {
+		watched = slices.DeleteFunc(slices.Clone(o.Hosts), func(h peer.Host) bool { return h.Name != a.o.Name })
+	}
+	g := &gathering{a: a, o: o, began: began, hosts: watched, states: make([]control.HostState, len(watched)), fresh: make(chan struct{}, 1)}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	for i, h := range o.Hosts {
+	for i, h := range watched {
 		g.states[i] = control.HostState{Host: h.Name, Phase: control.PhaseWaiting}
 		wg.Go(func() { g.follow(ctx, i) })
 	}
@@ -121,10 +125,11 @@ func (a *Agent) hostOf(ctx context.Context, s string) (peer.Host, error) {
 	return peer.Host{Name: name, Addr: addr}, nil
 }
 
-// A gathering watches an order on all its hosts.
+// A gathering watches an order on hosts.
 type gathering struct {
 	a     *Agent
 	o     order
+	hosts []peer.Host // those that are watched
 	began time.Time
 	fresh chan struct{} // capacity 1: a state has changed
 
@@ -152,7 +157,7 @@ func (g *gathering) set(i int, s control.HostState, digest, plan string) {
 
 // follow begins the order on one host and follows it to the end.
 func (g *gathering) follow(ctx context.Context, i int) {
-	h := g.o.Hosts[i]
+	h := g.hosts[i]
 	id := g.o.id()
 	fail := func(err error) {
 		if ctx.Err() == nil {
@@ -211,7 +216,7 @@ func (g *gathering) follow(ctx context.Context, i int) {
 
 // every is how often a host tells how it comes along: with many hosts less often, so that listening stays cheap. The end is told at once.
 func (g *gathering) every() time.Duration {
-	return min(max(stateEvery, time.Duration(len(g.o.Hosts))*3*time.Millisecond), 5*time.Second)
+	return min(max(stateEvery, time.Duration(len(g.hosts))*3*time.Millisecond), 5*time.Second)
 }
 
 // How long a host may be silent: until it has taken the order, and after that.

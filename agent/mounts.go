@@ -43,8 +43,12 @@ type mountRequest struct {
 	MountConf
 }
 
-// mountName is the mount point in a job's directory of mounts.
-const mountName = "rootfs"
+// What is in a job's directory of mounts: the mount point, and the image's config, which tells who starts programs in the tree about
+// its environment.
+const (
+	mountName  = "rootfs"
+	configName = "config.json"
+)
 
 // mountDir is where a job's image is mounted: in a directory that only the job's user may enter.
 func (a *Agent) mountDir(id string) string {
@@ -54,8 +58,10 @@ func (a *Agent) mountDir(id string) string {
 // mountImage has processes of their own mount the image. The tables are in the store, so nothing is waited for.
 func (j *job) mountImage(ctx context.Context, img origin.Image) error {
 	o, dir := j.asked(), j.a.mountDir(j.id)
-	if err := makeMountDir(dir, o); err != nil {
-		return err
+	if _, err := lazyfs.Mounted(dir); err != nil { // else an agent before this one has made it
+		if err := makeMountDir(dir, o, img.Config); err != nil {
+			return err
+		}
 	}
 	q := mountRequest{
 		Agent: j.a.o.Socket, Job: j.id, Image: img.Ref.WithDigest(img.Digest).String(), Platform: o.Platform, Store: j.a.o.Store.Dir(),
@@ -96,24 +102,41 @@ func (a *Agent) keep(ctx context.Context, dir string) {
 	}
 }
 
-func makeMountDir(dir string, o order) error {
-	if err := os.MkdirAll(filepath.Dir(filepath.Dir(dir)), 0o755); err != nil {
+// makeMountDir makes a job's directory of mounts. While anything is made in it, it is the agent's own.
+func makeMountDir(dir string, o order, config []byte) error {
+	own := filepath.Dir(dir)
+	if err := os.MkdirAll(filepath.Dir(own), 0o755); err != nil {
 		return err
 	}
-	if err := os.Mkdir(filepath.Dir(dir), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := os.Mkdir(own, 0o700); errors.Is(err, fs.ErrExist) && os.Geteuid() == 0 {
+		err = os.Lchown(own, 0, 0)
+		if err != nil {
+			return err
+		}
+	} else if err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
+	_ = os.Remove(filepath.Join(own, configName))
+	f, err := os.OpenFile(filepath.Join(own, configName), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(config)
+	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
+		return err
+	}
 	if os.Geteuid() == 0 && o.UID != 0 {
-		return os.Chown(filepath.Dir(dir), int(o.UID), int(o.GID))
+		return os.Lchown(own, int(o.UID), int(o.GID))
 	}
 	return nil
 }
 
 func (a *Agent) removeMountDir(dir string) {
 	_ = os.Remove(dir)
+	_ = os.Remove(filepath.Join(filepath.Dir(dir), configName))
 	_ = os.Remove(filepath.Dir(dir))
 }
 

@@ -42,6 +42,9 @@ type StageRequest struct {
 	// UID and GID are for whom it is, -1 for the caller. Another one than the caller's only root may give.
 	UID int64 `json:"uid"`
 	GID int64 `json:"gid"`
+	// Here asks for this host alone, as a prolog does that runs on each of the job's hosts: the plan is for all of Hosts, but the others
+	// begin when they are asked themselves, and are not reported.
+	Here bool `json:"here,omitempty"`
 	// NoMount leaves the image unmounted: its bytes are all that is wanted.
 	NoMount bool          `json:"noMount,omitempty"`
 	Timeout time.Duration `json:"timeout,omitempty"` // 0: the agent's own bound

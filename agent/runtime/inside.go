@@ -23,6 +23,8 @@ func Inside(mount Mount) {
 		os.Exit(stageMain(mount))
 	case execName:
 		os.Exit(execMain())
+	case holdName:
+		os.Exit(holdMain())
 	}
 }
 
@@ -149,6 +151,19 @@ func reap(r running) (code int, err error) {
 
 // prepare takes the stage's mounts away from the host's, and makes the private tmpfs.
 func (s *stage) prepare() error {
+	if err := s.separate(); err != nil {
+		return err
+	}
+	// Runtimes look up their children in /proc, so it must show this PID namespace. In a user namespace
+	// beneath a container the kernel may refuse; then only runtimes that do not care will work.
+	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil && !s.user {
+		return fmt.Errorf("mounting /proc: %w", err)
+	}
+	return s.private()
+}
+
+// separate ends the sharing of mounts with the host, and opens the sources of binds.
+func (s *stage) separate() error {
 	// Slave, not private: what the host unmounts is not kept alive by us.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("%w: mount namespace: %w", ErrUnsupported, err)
@@ -161,11 +176,11 @@ func (s *stage) prepare() error {
 		}
 		s.binds = append(s.binds, f)
 	}
-	// Runtimes look up their children in /proc, so it must show this PID namespace. In a user namespace
-	// beneath a container the kernel may refuse; then only runtimes that do not care will work.
-	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil && !s.user {
-		return fmt.Errorf("mounting /proc: %w", err)
-	}
+	return nil
+}
+
+// private mounts the private tmpfs.
+func (s *stage) private() error {
 	s.dir = privateDir
 	options := "mode=0755"
 	if s.o.WritableSize > 0 {

@@ -25,8 +25,8 @@ type process struct {
 	groups   []int
 }
 
-// defaultPath is docker's.
-const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+// DefaultPath is docker's, for images that say none.
+const DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // maxDatabase bounds what is read of an image's passwd and group.
 const maxDatabase = 4 << 20
@@ -59,7 +59,7 @@ func (s *stage) resolve(c Command) (p process, err error) {
 // environment lets later entries win over earlier ones and adds what every program expects.
 func environment(given []string, home string) (env []string) {
 	at := map[string]int{}
-	for _, kv := range slices.Concat([]string{"PATH=" + defaultPath, "HOME=" + home}, given) {
+	for _, kv := range slices.Concat([]string{"PATH=" + DefaultPath, "HOME=" + home}, given) {
 		name, _, ok := strings.Cut(kv, "=")
 		if !ok || name == "" {
 			continue

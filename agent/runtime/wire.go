@@ -15,13 +15,14 @@ import (
 // A message is one line of JSON on the socket pair between front and stage; a descriptor may ride on
 // it. Exactly one field is set.
 type message struct {
-	Setup   *Options `json:",omitempty"` // front: first of all
-	Mounted bool     `json:",omitempty"` // stage: the tree is mounted; carries the FUSE descriptor
-	Command *Command `json:",omitempty"` // front: run this
-	Started *started `json:",omitempty"` // stage: the command runs; carries the terminal's master, if any
-	Signal  int      `json:",omitempty"` // front: pass this signal on
-	Failed  *failure `json:",omitempty"` // stage: last message, nothing was run
-	Exited  *int     `json:",omitempty"` // stage: last message, the exit code
+	Setup   *Options     `json:",omitempty"` // front: first of all
+	Hold    *HoldOptions `json:",omitempty"` // the same, to a process that holds namespaces
+	Mounted bool         `json:",omitempty"` // stage: the tree is mounted; carries the FUSE descriptor
+	Command *Command     `json:",omitempty"` // front: run this
+	Started *started     `json:",omitempty"` // stage: the command runs; carries the terminal's master, if any
+	Signal  int          `json:",omitempty"` // front: pass this signal on
+	Failed  *failure     `json:",omitempty"` // stage: last message, nothing was run
+	Exited  *int         `json:",omitempty"` // stage: last message, the exit code
 }
 
 type started struct{ Runtime string }

@@ -119,6 +119,21 @@ type Config struct {
 		// Hosts chooses between quick gossip and cheap gossip.
 		Hosts int `mapstructure:"hosts" help:"about how many hosts the cluster has; 0: as many as join names"`
 	} `mapstructure:"cluster"`
+	Hooks struct {
+		// Jobs is where hooks leave word of jobs for those that come after: on a tmpfs, so that a reboot forgets it.
+		Jobs string `mapstructure:"jobs" help:"directory where schedulers' hooks keep what they know of this node's jobs"`
+		// Deadline is how long a prolog may wait for an image. Long: a node stands idle. Short: jobs wait in their first step instead,
+		// where their owners see it. It is cut below the scheduler's own timeout, which would take the node out of service.
+		Deadline time.Duration `mapstructure:"deadline" help:"how long a prolog waits for an image"`
+		// Patience is how long a step waits for an image that its prolog has left on its way.
+		Patience time.Duration `mapstructure:"patience" help:"how long a job's step waits for its image"`
+		// Retries is how often a job whose image failed for a passing reason is queued again, before it is held.
+		Retries int `mapstructure:"retries" help:"how often a job is queued again before it is held"`
+	} `mapstructure:"hooks"`
+	Entry struct {
+		// Binds are what every job needs of the host inside its image. One that a host or user has not is left out.
+		Binds []string `mapstructure:"binds" help:"paths of the host that jobs find in their images, besides /dev, /proc, /sys, /tmp, home and working directory"`
+	} `mapstructure:"entry"`
 	// Prestage is what a host fetches before it takes jobs.
 	Prestage []string `mapstructure:"prestage" help:"images that the agent fetches when it starts"`
 }
@@ -133,6 +148,10 @@ func defaults() Config {
 	c.Agent.Mounts = "/run/muster/mounts"
 	c.Agent.Drain = 20 * time.Second
 	c.Agent.Requests = 4
+	c.Hooks.Jobs = "/run/muster/jobs"
+	c.Hooks.Deadline = 10 * time.Second
+	c.Hooks.Patience = 15 * time.Minute
+	c.Hooks.Retries = 3
 	c.Network.Port = 7464
 	c.Network.GossipPort = 7946
 	c.Cluster.Keys = "/etc/muster/keys"
@@ -277,6 +296,11 @@ func (a *app) configure(cmd *cobra.Command) error {
 		return err
 	}
 	a.cfg = c
+	if file != "" {
+		if a.configFile, err = filepath.Abs(file); err != nil {
+			return err
+		}
+	}
 	return a.openLog()
 }
 
@@ -371,6 +395,14 @@ func (c *Config) check() error {
 	}
 	if c.Agent.Drain < 0 || c.Agent.Requests < 1 || c.Cluster.Hosts < 0 {
 		return usagef("agent.drain, agent.requests and cluster.hosts must not be negative, requests not 0")
+	}
+	if c.Hooks.Deadline <= 0 || c.Hooks.Patience <= 0 || c.Hooks.Retries < 0 || !filepath.IsAbs(c.Hooks.Jobs) {
+		return usagef("hooks.deadline and hooks.patience must be more than 0, hooks.retries not negative, hooks.jobs an absolute path")
+	}
+	for _, b := range c.Entry.Binds {
+		if !filepath.IsAbs(b) || filepath.Clean(b) == "/" {
+			return usagef("entry.binds has %q: it must be absolute paths beneath /", b)
+		}
 	}
 	if c.Cores < 0 || c.Origin.Connections < 0 || c.Origin.Patience < 0 || c.Origin.ResolvePatience < 0 {
 		return usagef("cores, origin.connections and patience must not be negative")

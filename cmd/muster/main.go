@@ -106,6 +106,8 @@ Settings come from flags, MUSTER_… variables and /etc/muster/agent.yaml, in th
 		a.unstageCommand(),
 		a.prestageCommand(),
 		a.statusCommand(),
+		a.hookCommand(),
+		a.installCommand(),
 		a.cacheCommand(),
 		a.preflightCommand(),
 		a.reportCommand(),
@@ -135,10 +137,11 @@ func arguments(check cobra.PositionalArgs) cobra.PositionalArgs {
 
 // An app is what the commands share: where to write, and the configuration once it is read.
 type app struct {
-	out, err  *os.File
-	cfg       Config
-	quiet     bool
-	json      bool
-	level     slog.LevelVar                    // of the log; set by openLog
-	signalsTo atomic.Pointer[chan<- os.Signal] // set while signals belong to the command that runs
+	out, err   *os.File
+	cfg        Config
+	configFile string // as given with --config, absolute
+	quiet      bool
+	json       bool
+	level      slog.LevelVar                    // of the log; set by openLog
+	signalsTo  atomic.Pointer[chan<- os.Signal] // set while signals belong to the command that runs
 }

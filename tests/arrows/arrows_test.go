@@ -38,6 +38,8 @@ var allowed = map[string]struct {
 	"planner":           {[]string{"ztoc"}, "a plan is a pure function of a job spec: it knows digests and ranges, and nothing that two hosts could see differently"},
 	"planner/sim":       {[]string{"planner", "costmodel", "ztoc"}, "simulated clusters run real plans and are held against the formulas; nothing in them moves"},
 	"planner/sim/trees": {[]string{"planner/sim"}, "prints the tables of docs/trees.md"},
+	"jobhooks":          {[]string{"agent/control"}, "a job and a verdict are words: hooks ask the agent, and know nothing behind it"},
+	"jobhooks/slurm":    {[]string{"jobhooks", "jobhooks/hostlist", "agent/control"}, "one scheduler's language, as pure functions: files and processes are the command's business"},
 	"jobhooks/hostlist": {nil, "a list of hosts is text: who reads one needs nothing else"},
 	"costmodel":         {nil, "arithmetic over numbers that others bring: planner and cmd ask it, it asks nobody"},
 	"report":            {[]string{"agent/control", "costmodel", "ztoc"}, "a report is arithmetic over what agents remember; fetching that and drawing it is others' business"},
@@ -55,7 +57,7 @@ var allowed = map[string]struct {
 	"cmd/muster": {
 		[]string{
 			"agent/origin", "agent/store", "agent/fetch", "agent/image", "agent/runtime",
-			"agent", "agent/control", "peer", "planner", "jobhooks/hostlist", "configs",
+			"agent", "agent/control", "peer", "planner", "jobhooks", "jobhooks/hostlist", "jobhooks/slurm", "configs",
 			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "costmodel", "report", "tests/registry",
 		},
 		"the command puts packages together; the demo alone uses the test registry",
