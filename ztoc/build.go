@@ -33,7 +33,7 @@ type BuildOptions struct {
 	// More help a first pull when the layer is large and the node idle.
 	Cores int
 	// Progress is called from time to time with the bytes of the blob taken in and of the layer
-	// inflated so far, on a goroutine of Build's.
+	// inflated so far, from within Build.
 	Progress func(blob, inflated int64)
 }
 
@@ -106,6 +106,16 @@ const bufferSize = 256 << 10
 
 var buffers = sync.Pool{New: func() any { return &buffer{b: make([]byte, bufferSize)} }}
 
+// newBuffer is a buffer of bufferSize with one reference.
+func newBuffer() *buffer {
+	b := buffers.Get().(*buffer)
+	b.refs.Store(1)
+	return b
+}
+
+// end is the offset behind b.
+func (b *buffer) end() int64 { return b.off + int64(len(b.b)) }
+
 func (b *buffer) release() {
 	if b.refs.Add(-1) == 0 {
 		b.b = b.b[:bufferSize]
@@ -115,24 +125,20 @@ func (b *buffer) release() {
 
 // A layer is one pass over a blob. These goroutines work on it at once:
 //
-//	reader    reads the blob ahead, hands each buffer to hasher and inflater
-//	hasher    digest of the whole blob
-//	inflater  inflates and finds where spans end
-//	spans     digests of the spans, what their windows need, packing of the windows
-//	walker    (the caller) reads the tar headers
+//	reader    reads the blob ahead
+//	digester  digests of the blob and of its spans, what their windows need, packing of the windows
+//	(caller)  inflates, or has others inflate, finds where spans end and reads the tar headers
 //	diffID    digest of the inflated layer, if wanted
 //
 // Every channel between them is bounded, so memory is the same for any size of layer, but for the
 // table itself. Inflating takes longest and waits for nobody but the slowest of the others.
 type layer struct {
 	o       *BuildOptions
-	in      chan *buffer  // reader → inflater
-	stop    chan struct{} // closed when the walker wants no more
-	blobSum hash.Hash
-	readErr error // of the reader, valid once in is closed
+	in      chan *buffer  // reader → caller
+	stop    chan struct{} // closed when the caller wants no more
+	readErr error         // of the reader, valid once in is closed
 	workers sync.WaitGroup
 
-	// Used by the inflater's goroutine until inflated is closed.
 	cur       *buffer
 	curAt     int
 	taken     int64 // bytes of the blob
@@ -141,54 +147,38 @@ type layer struct {
 	broken    bool  // reading failed for a reason that is not the layer's fault
 	spans     *spanDigester
 	noRestart bool
-	framer    *framer // takes the inflated layer too, in Derive
-	err       error   // why inflating ended, nil at the layer's end
-
-	inflated chan *buffer // inflater → walker
-	diff     chan *buffer // inflater → diffID, nil when that is not wanted
-	diffSum  hash.Hash
+	framer    *framer      // takes the inflated layer too, in Derive
+	diff      chan *buffer // caller → diffID, nil when that is not wanted
+	diffSum   hash.Hash
 }
 
 func openLayer(r io.Reader, o *BuildOptions) *layer {
-	l := &layer{
-		o: o, in: make(chan *buffer, 8), stop: make(chan struct{}), inflated: make(chan *buffer, 4),
-		blobSum: sha256.New(), spans: newSpanDigester(),
-	}
-	hashed := make(chan *buffer, 8)
-	l.workers.Add(2)
-	go l.read(r, hashed)
-	go l.hash(l.blobSum, hashed)
-	if o.DiffID != "" || o.HashInflated {
-		l.diffSum = sha256.New()
-		l.diff = make(chan *buffer, 4)
-		l.workers.Add(1)
-		go l.hash(l.diffSum, l.diff)
-	}
+	l := &layer{o: o, in: make(chan *buffer, 8), stop: make(chan struct{}), spans: newSpanDigester()}
+	l.workers.Go(func() { l.read(r) })
 	return l
 }
 
-func (l *layer) hash(sum hash.Hash, bs <-chan *buffer) {
-	defer l.workers.Done()
-	for b := range bs {
-		sum.Write(b.b)
-		b.release()
-	}
+// hashInflated starts the diffID goroutine.
+func (l *layer) hashInflated() {
+	l.diffSum = sha256.New()
+	l.diff = make(chan *buffer, 8)
+	l.workers.Go(func() {
+		for b := range l.diff {
+			l.diffSum.Write(b.b)
+			b.release()
+		}
+	})
 }
 
-func (l *layer) read(r io.Reader, hashed chan<- *buffer) {
-	defer l.workers.Done()
+func (l *layer) read(r io.Reader) {
 	defer close(l.in)
-	defer close(hashed)
 	var off int64
 	for {
-		b := buffers.Get().(*buffer)
+		b := newBuffer()
 		n, err := io.ReadAtLeast(r, b.b, bufferSize/4)
 		b.b, b.off = b.b[:n], off
 		off += int64(n)
-		b.refs.Store(1)
 		if n > 0 {
-			b.refs.Store(2)
-			hashed <- b // the hasher takes all there is
 			select {
 			case l.in <- b:
 			case <-l.stop:
@@ -207,7 +197,7 @@ func (l *layer) read(r io.Reader, hashed chan<- *buffer) {
 	}
 }
 
-// Read gives the inflater the blob, and each buffer of it to the span digester first.
+// Read is the blob for those who inflate it. The digester gets each buffer of it first.
 func (l *layer) Read(p []byte) (int, error) {
 	for l.cur == nil || l.curAt == len(l.cur.b) {
 		if l.cur != nil {
@@ -230,12 +220,10 @@ func (l *layer) Read(p []byte) (int, error) {
 			}
 		}
 		l.taken += int64(len(b.b))
-		if !l.noRestart {
-			b.refs.Add(1)
-			l.spans.in <- spanEvent{data: b}
-			if l.taken-l.ahead-l.spans.kept > maxSpan {
-				l.giveUp()
-			}
+		b.refs.Add(1)
+		l.spans.in <- spanEvent{data: b}
+		if l.taken-l.ahead-l.spans.kept > maxSpan {
+			l.giveUp()
 		}
 		if l.o.Progress != nil {
 			l.o.Progress(l.taken, l.pos)
@@ -271,126 +259,43 @@ func (l *layer) cut(s cut) error {
 	return nil
 }
 
-// inflate fills buffers from src until it ends or the walker stops.
-func (l *layer) inflate(src io.Reader) error {
-	for {
-		b := buffers.Get().(*buffer)
-		b.b = b.b[:bufferSize]
-		b.refs.Store(1)
-		n := 0
-		var err error
-		for err == nil && n < bufferSize {
-			var m int
-			m, err = src.Read(b.b[n:])
-			n += m
-		}
-		b.b = b.b[:n]
-		l.pos += int64(n)
-		if n == 0 {
-			b.release()
-		} else {
-			if l.framer != nil {
-				l.framer.add(b.b)
-			}
-			if l.diff != nil {
-				b.refs.Add(1)
-				l.diff <- b
-			}
-			select {
-			case l.inflated <- b:
-			case <-l.stop:
-				b.release()
-				return errStopped
-			}
-		}
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
+// next is the next of src's data, which the others who want it have been given.
+func (l *layer) next(src source) ([]byte, error) {
+	b, err := src.next()
+	l.pos += int64(len(b))
+	if l.framer != nil {
+		l.framer.add(b)
 	}
-}
-
-// errStopped is what the inflater ends with when the walker has failed.
-var errStopped = errors.New("stopped")
-
-// run is the inflater's goroutine.
-func (l *layer) run(f Format, head io.Reader) {
-	defer close(l.inflated)
 	if l.diff != nil {
-		defer close(l.diff)
-	}
-	src, closeSrc := l.source(f, head)
-	l.err = l.inflate(src)
-	closeSrc()
-	if l.err == nil || l.o.Want != "" && errors.Is(l.err, ErrInvalid) {
-		// What follows the compressed data is still part of the blob. And behind a fault the digest
-		// tells whether the layer was made so or has changed on its way.
-		if l.err != nil {
-			l.giveUp()
-		}
-		if _, err := io.Copy(io.Discard, readerOnly{head}); err != nil {
-			l.err = err
+		for rest := b; len(rest) > 0; {
+			to := newBuffer()
+			to.b = to.b[:copy(to.b, rest)]
+			rest = rest[len(to.b):]
+			l.diff <- to
 		}
 	}
-	if l.err == nil && !l.noRestart {
-		l.err = l.lastCut(f, l.pos)
-	}
-	if err := l.spans.finish(); l.err == nil {
-		l.err = err
-	}
+	return b, err
 }
 
 // walk does the pass. After it, no goroutine is left.
 func (l *layer) walk(o *BuildOptions, add func(*Entry) error) (sums Sums, tarEnd int64, err error) {
-	head := bufio.NewReaderSize(l, 4<<10)
-	magic, peekErr := head.Peek(tarBlock)
-	sums.Format, err = detect(magic)
-	if peekErr != nil && peekErr != io.EOF {
-		err = peekErr
-	}
-	if sums.Format == FormatTar && l.diff != nil {
-		close(l.diff) // it is the blob's digest
-		l.diff, l.diffSum = nil, nil
-	}
-	if err == nil {
-		go l.run(sums.Format, head)
-		t := &tape{src: l.inflated}
-		if tarEnd, err = walkTar(t, add); err == nil || o.Want != "" && errors.Is(err, ErrInvalid) {
-			t.drain()
-		}
-		close(l.stop)
-		for b := range l.inflated {
-			b.release()
-		}
-		t.close()
-		// Why there was no more to read says more than what the tar reader made of it.
-		if l.err != nil && l.err != errStopped {
-			err = l.err
-		}
-	} else {
-		if o.Want != "" && errors.Is(err, ErrUnsupported) {
-			l.giveUp()
-			if _, rerr := io.Copy(io.Discard, readerOnly{head}); rerr != nil {
-				err = rerr
-			}
-		}
-		close(l.stop)
-		if l.diff != nil {
-			close(l.diff)
-		}
-		_ = l.spans.finish() // nothing was cut
-	}
+	sums.Format, tarEnd, err = l.inflate(o, add)
+	close(l.stop)
 	for b := range l.in {
 		b.release()
 	}
 	if l.cur != nil {
 		l.cur.release()
 	}
+	if l.diff != nil {
+		close(l.diff)
+	}
+	if serr := l.spans.finish(); err == nil {
+		err = serr
+	}
 	l.workers.Wait()
 	sums.BlobSize = l.taken
-	sums.Blob = DigestFromSum([32]byte(l.blobSum.Sum(nil)))
+	sums.Blob = DigestFromSum([32]byte(l.spans.layer.Sum(nil)))
 	if err != nil {
 		if o.Want != "" && o.Want != sums.Blob && (errors.Is(err, ErrInvalid) || errors.Is(err, ErrUnsupported)) {
 			err = fmt.Errorf("%w: blob is %s, wanted %s; its content: %w", ErrMismatch, sums.Blob, o.Want, err)
@@ -411,6 +316,58 @@ func (l *layer) walk(o *BuildOptions, add func(*Entry) error) (sums Sums, tarEnd
 		return sums, tarEnd, fmt.Errorf("%w: inflated layer is %s, wanted diff ID %s", ErrMismatch, sums.DiffID, o.DiffID)
 	}
 	return sums, tarEnd, nil
+}
+
+// inflate reads the blob to its end, or to a fault: to its end nevertheless when its digest will tell whether
+// it was made so or has changed on its way.
+func (l *layer) inflate(o *BuildOptions, add func(*Entry) error) (f Format, tarEnd int64, err error) {
+	head := bufio.NewReaderSize(l, 4<<10)
+	rest := func(err error) error {
+		if err != nil {
+			l.giveUp()
+		}
+		if _, rerr := io.Copy(io.Discard, readerOnly{head}); rerr != nil {
+			return rerr
+		}
+		return err
+	}
+	magic, err := head.Peek(tarBlock)
+	if err != nil && err != io.EOF {
+		return 0, 0, err
+	}
+	if f, err = detect(magic); err != nil {
+		if o.Want != "" && errors.Is(err, ErrUnsupported) {
+			err = rest(err)
+		}
+		return f, 0, err
+	}
+	if (o.DiffID != "" || o.HashInflated) && f != FormatTar { // there it is the blob's digest
+		l.hashInflated()
+	}
+	src := l.source(f, head)
+	t := &tape{next: func() ([]byte, error) { return l.next(src) }}
+	if tarEnd, err = walkTar(t, add); err == nil || o.Want != "" && errors.Is(err, ErrInvalid) {
+		t.drain()
+	}
+	src.close()
+	switch {
+	case t.end == nil: // the tar reader could not go on
+	case t.end != io.EOF: // this says more than what the tar reader made of it
+		if err = t.end; o.Want != "" && errors.Is(err, ErrInvalid) {
+			err = rest(err)
+		}
+	default:
+		// What follows the compressed data is still part of the blob.
+		if rerr := rest(nil); rerr != nil {
+			return f, tarEnd, rerr
+		}
+		if !l.noRestart {
+			if cerr := l.lastCut(f, l.pos); cerr != nil {
+				err = cerr
+			}
+		}
+	}
+	return f, tarEnd, err
 }
 
 // detect tells the kind of a layer from its first 512 bytes.

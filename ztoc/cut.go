@@ -7,20 +7,24 @@ import (
 	"github.com/muster-hpc/muster/ztoc/inflate"
 )
 
-// How each kind of blob is inflated, and where its spans are cut meanwhile. All of this runs on the
-// inflater's goroutine.
+// How each kind of blob is inflated, and where its spans are cut meanwhile.
 
-// source is the inflated layer, and what is to be called when it is not read any more.
-func (l *layer) source(f Format, blob io.Reader) (io.Reader, func()) {
+// A source is an inflated layer.
+type source interface {
+	// next returns data that stays as it is until the next call, or an error, io.EOF at the layer's end.
+	next() ([]byte, error)
+	// close is called when no more is wanted.
+	close()
+}
+
+func (l *layer) source(f Format, blob io.Reader) source {
 	switch f {
 	case FormatGzip:
-		z := l.gzipSpans(blob)
-		return z, z.z.Close
+		return l.gzipSpans(blob)
 	case FormatZstd:
-		z := newZstdSpans(l, blob)
-		return z, z.close
+		return newZstdSpans(l, blob)
 	}
-	return &tarSpans{l: l, r: blob}, func() {}
+	return &tarSpans{l: l, r: blob, buf: make([]byte, bufferSize)}
 }
 
 // gzipSpans inflates gzip and cuts a span at each checkpoint.
@@ -65,16 +69,18 @@ type gzipReader struct {
 	z *inflate.Reader
 }
 
-func (g *gzipReader) Read(p []byte) (int, error) {
-	n, err := g.z.Read(p)
+func (g *gzipReader) next() ([]byte, error) {
+	b, err := g.z.Next()
 	if g.z.MaxBlock() > g.l.o.MaxBlock {
 		g.l.giveUp()
 	}
 	if err != nil && err != io.EOF && !g.l.broken {
 		err = fmt.Errorf("%w: gzip: %w", ErrInvalid, err)
 	}
-	return n, err
+	return b, err
 }
+
+func (g *gzipReader) close() { g.z.Close() }
 
 // lastCut ends the span that is open when the blob ends.
 func (l *layer) lastCut(f Format, size int64) error {
@@ -101,11 +107,14 @@ func (l *layer) lastCut(f Format, size int64) error {
 type tarSpans struct {
 	l   *layer
 	r   io.Reader
+	buf []byte
 	pos int64
 }
 
-func (t *tarSpans) Read(p []byte) (int, error) {
-	n, err := t.r.Read(p)
+func (t *tarSpans) close() {}
+
+func (t *tarSpans) next() ([]byte, error) {
+	n, err := t.r.Read(t.buf)
 	t.pos += int64(n)
 	open := &t.l.spans.open
 	for t.pos-open.out.Start >= t.l.o.SpanSize {
@@ -113,9 +122,9 @@ func (t *tarSpans) Read(p []byte) (int, error) {
 		s.out.End = s.out.Start + t.l.o.SpanSize
 		s.blob = s.out
 		if err := t.l.cut(s); err != nil {
-			return n, err
+			return t.buf[:n], err
 		}
 		*open = cut{blob: Range{Start: s.blob.End}, out: Range{Start: s.out.End}}
 	}
-	return n, err
+	return t.buf[:n], err
 }

@@ -7,15 +7,14 @@
 // Build reads a layer once, from any reader:
 //
 //  1. The first bytes tell gzip, zstd or plain tar.
-//  2. One goroutine reads ahead and hands each buffer to the hasher of the whole blob and to the
-//     inflater, which may use several cores (BuildOptions.Cores): for gzip as package inflate tells, for
-//     zstd frame by frame.
-//  3. The inflater notes a checkpoint at the first deflate block end (zstd: frame end; tar: anywhere)
-//     after SpanSize inflated bytes. What lies between two checkpoints is a span.
-//  4. The span digester hashes each span's compressed bytes, finds out by inflating its first 32 KiB
-//     which bytes of the 32 KiB before it are referred to, and keeps only those, compressed.
-//  5. The caller's goroutine reads the tar headers and packs the entries as they come; content is
-//     skipped without copying.
+//  2. One goroutine reads ahead. The caller's goroutine inflates what it reads, alone or with several
+//     cores (BuildOptions.Cores): for gzip as package inflate tells, for zstd frame by frame.
+//  3. It notes a checkpoint at the first deflate block end (zstd: frame end; tar: anywhere) after SpanSize
+//     inflated bytes. What lies between two checkpoints is a span.
+//  4. It reads the tar headers in what comes out, where it lies, and packs the entries; content is skipped.
+//  5. Another goroutine sums up the whole blob and each span's compressed bytes, both at once (package twosum),
+//     finds out by inflating a span's first 32 KiB which bytes of the 32 KiB before it are referred to, and
+//     keeps only those, compressed. A third sums up the inflated layer if its diff ID is wanted.
 //  6. At the end the blob's digest and the diff ID are compared with what was wanted. Only then is
 //     there a table.
 //

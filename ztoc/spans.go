@@ -4,11 +4,14 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"hash"
+	"math"
+	"slices"
 
 	"github.com/muster-hpc/muster/ztoc/inflate"
+	"github.com/muster-hpc/muster/ztoc/twosum"
 )
 
-// A cut is a span as the walker finds it.
+// A cut is a span as its source finds it.
 type cut struct {
 	blob, out Range
 	bits      uint8
@@ -23,22 +26,23 @@ type spanEvent struct {
 	giveUp bool
 }
 
-// A spanDigester turns cuts and bytes into the rows of the table.
+// A spanDigester turns cuts and bytes into the rows of the table, and sums up all bytes.
 type spanDigester struct {
 	in   chan spanEvent
 	done chan struct{}
 
-	// Used by the walker only.
+	// Used by the caller of Build only.
 	open cut   // the span that goes on
 	kept int64 // blob bytes before this offset are in finished spans
 	n    int
 
 	// Used by the digester's goroutine until done is closed.
 	queue   []*buffer
-	head    []byte // scratch: the first bytes of a span
-	first   [windowSize]byte
-	used    [windowSize / 8]byte
-	sum     hash.Hash
+	layer   hash.Hash // of all bytes before summed
+	summed  int64
+	sum     hash.Hash // of a span
+	head    []byte    // scratch: the first bytes of a span
+	used    [windowSize]byte
 	rows    []byte
 	windows []byte
 	gaveUp  bool
@@ -46,12 +50,12 @@ type spanDigester struct {
 }
 
 func newSpanDigester() *spanDigester {
-	d := &spanDigester{in: make(chan spanEvent, 16), done: make(chan struct{}), sum: sha256.New()}
+	d := &spanDigester{in: make(chan spanEvent, 16), done: make(chan struct{}), layer: sha256.New(), sum: sha256.New()}
 	go d.run()
 	return d
 }
 
-// finish waits for the rows of all cuts.
+// finish waits for the rows of all cuts and the sum.
 func (d *spanDigester) finish() error {
 	close(d.in)
 	<-d.done
@@ -63,13 +67,14 @@ func (d *spanDigester) run() {
 	for e := range d.in {
 		switch {
 		case e.giveUp:
-			d.drop(1 << 62)
 			d.gaveUp = true
 			d.rows, d.windows = nil, nil
-		case e.data != nil && d.gaveUp:
-			e.data.release()
+			d.drop(math.MaxInt64)
 		case e.data != nil:
 			d.queue = append(d.queue, e.data)
+			if d.gaveUp {
+				d.drop(math.MaxInt64)
+			}
 		case e.isCut && !d.gaveUp && d.err == nil:
 			d.err = d.add(&e.cut)
 		}
@@ -77,35 +82,41 @@ func (d *spanDigester) run() {
 			windowBuffers.Put(e.cut.window)
 		}
 	}
-	d.drop(1 << 62)
+	d.drop(math.MaxInt64)
+}
+
+// sumTo takes the bytes before off into the layer's sum.
+func (d *spanDigester) sumTo(off int64) {
+	for _, b := range d.queue {
+		if to := min(off, b.end()); to > d.summed {
+			d.layer.Write(b.b[d.summed-b.off : to-b.off])
+			d.summed = to
+		}
+	}
 }
 
 // drop lets go of the buffers that end at or before off.
 func (d *spanDigester) drop(off int64) {
+	d.sumTo(off)
 	n := 0
-	for n < len(d.queue) && d.queue[n].off+int64(len(d.queue[n].b)) <= off {
+	for n < len(d.queue) && d.queue[n].end() <= off {
 		d.queue[n].release()
 		n++
 	}
-	d.queue = append(d.queue[:0], d.queue[n:]...)
+	d.queue = slices.Delete(d.queue, 0, n)
 }
 
-// each gives f the bytes of r, piece by piece, until it returns false.
-func (d *spanDigester) each(r Range, f func([]byte) bool) error {
+// each gives f the bytes of r, piece by piece, each with its offset.
+func (d *spanDigester) each(r Range, f func(at int64, b []byte)) error {
 	d.drop(r.Start)
 	at := r.Start
 	for _, b := range d.queue {
-		if at >= r.End {
+		if at >= r.End || b.off > at {
 			break
 		}
-		if b.off > at {
-			break
-		}
-		p := b.b[at-b.off : min(int64(len(b.b)), r.End-b.off)]
+		p := b.b[at-b.off : min(b.end(), r.End)-b.off]
+		f(at, p)
 		at += int64(len(p))
-		if !f(p) {
-			return nil
-		}
 	}
 	if at < r.End {
 		return fmt.Errorf("%w: span %v reaches behind the blob", ErrInvalid, r)
@@ -119,7 +130,13 @@ const headSize = 64 << 10
 
 func (d *spanDigester) add(c *cut) error {
 	d.sum.Reset()
-	if err := d.each(c.blob, func(b []byte) bool { d.sum.Write(b); return true }); err != nil {
+	err := d.each(c.blob, func(at int64, b []byte) {
+		// A span may share its first byte with the one before: that is summed already.
+		known := min(d.summed-at, int64(len(b)))
+		twosum.Write(d.layer, d.sum, b[known:], b)
+		d.summed += int64(len(b)) - known
+	})
+	if err != nil {
 		return err
 	}
 	r := row{
@@ -129,11 +146,11 @@ func (d *spanDigester) add(c *cut) error {
 	if c.window != nil {
 		d.head = d.head[:0]
 		head := Range{c.blob.Start, min(c.blob.End, c.blob.Start+headSize)}
-		if err := d.each(head, func(b []byte) bool { d.head = append(d.head, b...); return true }); err != nil {
+		if err := d.each(head, func(_ int64, b []byte) { d.head = append(d.head, b...) }); err != nil {
 			return err
 		}
-		used := d.used[:]
-		if inflate.SpanUse(d.first[:min(windowSize, c.out.Len())], d.head, c.bits, c.window[:], used) != nil {
+		used := &d.used
+		if inflate.SpanUse(used, c.out.Len(), d.head, c.bits) != nil {
 			used = nil
 		}
 		d.windows, r.kind = packWindow(d.windows, c.window[:], used)

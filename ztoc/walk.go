@@ -16,33 +16,30 @@ func alignBlock(n int64) int64 { return (n + tarBlock - 1) &^ (tarBlock - 1) }
 // A tape is the inflated layer as the tar reader sees it. It counts, it can skip without copying, and
 // it keeps the raw bytes of the headers that the tar reader swallows.
 type tape struct {
-	src <-chan *buffer
+	next func() ([]byte, error) // as source.next
+	end  error                  // why there is no more: io.EOF, or what next said; nil as long as there may be
 
-	cur    *buffer
-	r      int   // next byte of cur
-	pos    int64 // its offset in the inflated layer
+	cur    []byte // what is left of next's last
+	pos    int64  // its offset in the inflated layer
 	header []byte
 	from   int64 // bytes from this offset on are kept in header, while keep
 	keep   bool
 }
 
 func (t *tape) fill() bool {
-	for t.cur == nil || t.r == len(t.cur.b) {
-		t.close()
-		b, ok := <-t.src
-		if !ok {
+	for len(t.cur) == 0 {
+		if t.end != nil {
 			return false
 		}
-		t.cur, t.r = b, 0
+		t.cur, t.end = t.next()
 	}
 	return true
 }
 
-func (t *tape) close() {
-	if t.cur != nil {
-		t.cur.release()
-		t.cur = nil
-	}
+// skip passes over the first n bytes of cur.
+func (t *tape) skip(n int) {
+	t.cur = t.cur[n:]
+	t.pos += int64(n)
 }
 
 func (t *tape) Read(p []byte) (int, error) {
@@ -52,12 +49,11 @@ func (t *tape) Read(p []byte) (int, error) {
 	if !t.fill() {
 		return 0, io.EOF
 	}
-	n := copy(p, t.cur.b[t.r:])
+	n := copy(p, t.cur)
 	if t.keep && t.pos+int64(n) > t.from {
 		t.header = append(t.header, p[max(0, t.from-t.pos):n]...)
 	}
-	t.r += n
-	t.pos += int64(n)
+	t.skip(n)
 	return n, nil
 }
 
@@ -70,9 +66,8 @@ func (t *tape) Seek(n int64, whence int) (int64, error) {
 		if !t.fill() {
 			return 0, io.ErrUnexpectedEOF
 		}
-		m := min(n, int64(len(t.cur.b)-t.r))
-		t.r += int(m)
-		t.pos += m
+		m := min(n, int64(len(t.cur)))
+		t.skip(int(m))
 		n -= m
 	}
 	return t.pos, nil
@@ -81,8 +76,7 @@ func (t *tape) Seek(n int64, whence int) (int64, error) {
 // drain reads to the end.
 func (t *tape) drain() {
 	for t.fill() {
-		t.pos += int64(len(t.cur.b) - t.r)
-		t.r = len(t.cur.b)
+		t.skip(len(t.cur))
 	}
 }
 

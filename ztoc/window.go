@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"iter"
 	"sync"
 
 	"github.com/klauspost/compress/zstd"
@@ -89,13 +90,13 @@ var (
 	sparseBuffers = sync.Pool{New: func() any { return new([maxSparseWindow]byte) }}
 )
 
-// packWindow appends the smallest form of window w to b and says which that is. used has a bit for
-// each byte of w that its span refers to (bit i%8 of byte i/8); nil: all of them.
+// packWindow appends the smallest form of window w to b and says which that is. used is 1 for each byte of
+// w that its span refers to and 0 for the others; nil: all of them.
 //
 // The sparse form is the runs that are used, as varints (gap, length, gap, length, …, 0, 0), then the
 // bytes of all runs; the whole as one zstd frame. It wins because a span refers to its window here
 // and there only, and the bytes between would have to be written as matches of zeros.
-func packWindow(b, w []byte, used []byte) ([]byte, uint8) {
+func packWindow(b, w []byte, used *[windowSize]byte) ([]byte, uint8) {
 	if used == nil {
 		if allZero(w) {
 			return b, windowNone
@@ -107,32 +108,42 @@ func packWindow(b, w []byte, used []byte) ([]byte, uint8) {
 		}
 		return b, windowZstd
 	}
-	runs := make([]byte, 0, 4<<10)
-	data := make([]byte, 0, windowSize)
-	last := 0
-	for i := 0; i < windowSize; {
-		if used[i/8] == 0 && i%8 == 0 {
-			i += 8
-			continue
-		}
-		if used[i/8]&(1<<(i%8)) == 0 {
-			i++
-			continue
-		}
-		start := i
-		for i < windowSize && used[i/8]&(1<<(i%8)) != 0 {
-			i++
-		}
-		runs = binary.AppendUvarint(runs, uint64(start-last))
-		runs = binary.AppendUvarint(runs, uint64(i-start))
-		data = append(data, w[start:i]...)
-		last = i
+	scratch := sparseBuffers.Get().(*[maxSparseWindow]byte)
+	defer sparseBuffers.Put(scratch)
+	sparse := scratch[:0]
+	end := 0
+	for start, to := range runs(used[:]) {
+		sparse = binary.AppendUvarint(sparse, uint64(start-end))
+		sparse = binary.AppendUvarint(sparse, uint64(to-start))
+		end = to
 	}
-	if last == 0 {
+	if end == 0 {
 		return b, windowNone
 	}
-	runs = append(runs, 0, 0)
-	return windowEncoder().EncodeAll(append(runs, data...), b), windowSparse
+	sparse = append(sparse, 0, 0)
+	for start, to := range runs(used[:]) {
+		sparse = append(sparse, w[start:to]...)
+	}
+	return windowEncoder().EncodeAll(sparse, b), windowSparse
+}
+
+// runs yields where each run of used bytes starts and ends.
+func runs(used []byte) iter.Seq2[int, int] {
+	return func(yield func(start, end int) bool) {
+		for at := 0; ; {
+			n := bytes.IndexByte(used[at:], 1)
+			if n < 0 {
+				return
+			}
+			start := at + n
+			if n = bytes.IndexByte(used[start:], 0); n < 0 {
+				n = len(used) - start
+			}
+			if at = start + n; !yield(start, at) {
+				return
+			}
+		}
+	}
 }
 
 // maxSparseWindow bounds the inflated sparse form: every other byte used makes 32 Ki varints.

@@ -34,10 +34,11 @@ type zstdSpans struct {
 
 	cur    *batch // being read, nil if none
 	frame  int    // next of its frames
-	out    []byte // rest of the current frame's content
+	out    []byte // the current frame's content
 	done   int64  // offset in the blob behind the current frame
 	pos    int64  // inflated offset behind out
 	stream *zstd.Decoder
+	buf    []byte // what was read from stream
 }
 
 // A batch is some frames, one behind the other, but for skippable ones.
@@ -56,23 +57,21 @@ func newZstdSpans(l *layer, blob io.Reader) *zstdSpans {
 	}
 }
 
-func (z *zstdSpans) Read(p []byte) (int, error) {
-	for len(z.out) == 0 && z.stream == nil {
-		if err := z.next(); err != nil {
-			return 0, err
+func (z *zstdSpans) next() ([]byte, error) {
+	if z.stream == nil {
+		if err := z.advance(); err != nil {
+			return nil, err
 		}
 	}
 	if z.stream != nil {
-		n, err := z.stream.Read(p)
-		return n, z.wrap(err)
+		n, err := z.stream.Read(z.buf)
+		return z.buf[:n], z.wrap(err)
 	}
-	n := copy(p, z.out)
-	z.out = z.out[n:]
-	return n, nil
+	return z.out, nil
 }
 
-// next makes the next frame's content out, or the rest of the blob a stream.
-func (z *zstdSpans) next() error {
+// advance makes the next frame's content out, or the rest of the blob a stream.
+func (z *zstdSpans) advance() error {
 	if z.cur == nil || z.frame == len(z.cur.frames) {
 		if z.cur != nil {
 			z.idle = append(z.idle, z.cur)
@@ -105,6 +104,7 @@ func (z *zstdSpans) next() error {
 // asStream goes on with frame, of which the rest has not been read yet.
 func (z *zstdSpans) asStream(frame []byte) (err error) {
 	z.l.giveUp()
+	z.buf = make([]byte, bufferSize)
 	z.stream, err = zstd.NewReader(io.MultiReader(bytes.NewReader(frame), z.f.r),
 		zstd.WithDecoderConcurrency(max(1, z.l.o.Cores)), zstd.WithDecoderLowmem(true),
 		zstd.WithDecoderMaxWindow(128<<20), zstd.WithDecoderMaxMemory(math.MaxInt64))

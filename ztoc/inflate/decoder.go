@@ -55,17 +55,15 @@ type decoder struct {
 	cause  Cause
 	codes  *codes // of the current block: &own or &fixed
 	own    codes
-	paired bool                  // codes.lit has pairs of literals
-	lens   [maxLens]uint8        // of own's codes
-	clen   [1 << 7]uint8         // code length code: symbol<<3 | bits
-	used   *[windowSize / 8]byte // of the 32 KiB at the start of out, which bytes matches reach; nil: not asked
+	paired bool           // codes.lit has pairs of literals
+	lens   [maxLens]uint8 // of own's codes
+	clen   [1 << 7]uint8  // code length code: symbol<<3 | bits
 }
 
 // restart makes d new but for its tables, with this output.
 func (d *decoder) restart(out []byte, end int) {
 	d.in, d.pos, d.bb, d.nb = nil, 0, 0, 0
 	d.out, d.wide, d.wp, d.end, d.lo, d.away = out, nil, 0, end, 0, 0
-	d.used = nil
 	d.reset()
 }
 

@@ -134,11 +134,10 @@ func FuzzSpan(f *testing.F) {
 		dst := room[32 : 32+size : 32+size]
 		err := Span(dst, src, bits, window)
 		first := bytes.Clone(dst)
-		clear(dst)
-		used := make([]byte, windowSize/8)
-		err2 := SpanUse(dst, src, bits, window, used)
-		if fmt.Sprint(err) != fmt.Sprint(err2) || err == nil && !bytes.Equal(first, dst) {
-			t.Fatalf("Span: %v, SpanUse: %v, same bytes: %v", err, err2, bytes.Equal(first, dst))
+		used := new([windowSize]byte)
+		err2 := SpanUse(used, int64(size), src, bits)
+		if err == nil && err2 != nil || size <= windowSize && len(window) >= windowSize && fmt.Sprint(err) != fmt.Sprint(err2) {
+			t.Fatalf("Span: %v, SpanUse: %v", err, err2)
 		}
 		for _, b := range [][]byte{room[:32], room[32+size:]} {
 			if !bytes.Equal(b, bytes.Repeat([]byte{0xaa}, 32)) {
@@ -148,14 +147,21 @@ func FuzzSpan(f *testing.F) {
 		if err != nil {
 			return
 		}
-		other := bytes.Clone(window[max(0, len(window)-windowSize):])
+		other, different := bytes.Clone(window[max(0, len(window)-windowSize):]), 0
+		same := bytes.Clone(other)
 		for i := range other {
-			if j := i + windowSize - len(other); used[j/8]>>(j%8)&1 == 0 {
+			if used[i+windowSize-len(other)] == 0 {
 				other[i] ^= 0x55
+			} else {
+				same[i] ^= 0x55
+				different++
 			}
 		}
 		if err := Span(dst, src, bits, other); err != nil || !bytes.Equal(first, dst) {
 			t.Fatalf("bytes of the window that are not used matter: %v", err)
+		}
+		if err := Span(dst, src, bits, same); err != nil || bytes.Equal(first, dst) != (different == 0) {
+			t.Fatalf("%d bytes of the window that are used do not matter: %v", different, err)
 		}
 	})
 }

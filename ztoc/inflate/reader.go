@@ -118,25 +118,36 @@ func (z *Reader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// Next returns the next inflated data, some KiB to some MiB of it, from the internal buffer: it is valid until
+// the next call of any method. Errors are as Read's, and come without data.
+func (z *Reader) Next() ([]byte, error) {
+	for z.rp == z.d.wp {
+		if z.err != nil {
+			return nil, z.err
+		}
+		z.more(true)
+	}
+	b := z.d.out[z.rp:z.d.wp]
+	z.rp = z.d.wp
+	return b, nil
+}
+
 // WriteTo inflates all the rest to w, in large writes from the internal buffer. The error is nil at
 // the end of the file, and otherwise as Read's, or w's.
 func (z *Reader) WriteTo(w io.Writer) (int64, error) {
 	var total int64
 	for {
-		if z.rp == z.d.wp {
-			if z.err == io.EOF {
-				return total, nil
-			}
-			if z.err != nil {
-				return total, z.err
-			}
-			z.more(true)
-			continue
+		b, err := z.Next()
+		if err == io.EOF {
+			return total, nil
 		}
-		n, err := w.Write(z.d.out[z.rp:z.d.wp])
+		if err != nil {
+			return total, err
+		}
+		n, err := w.Write(b)
 		total += int64(n)
-		z.rp += n
-		if err == nil && z.rp != z.d.wp {
+		z.rp -= len(b) - n
+		if err == nil && n < len(b) {
 			err = io.ErrShortWrite
 		}
 		if err != nil {

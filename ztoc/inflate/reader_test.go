@@ -112,7 +112,7 @@ func checkSpans(t *testing.T, gz, want []byte, points []restart) {
 			room[j] = 0xaa
 		}
 		dst := room[8 : len(room)-8 : len(room)-8]
-		used := make([]byte, windowSize/8)
+		used := new([windowSize]byte)
 		check := func(how string, err error) {
 			t.Helper()
 			if err != nil {
@@ -129,12 +129,14 @@ func checkSpans(t *testing.T, gz, want []byte, points []restart) {
 			clear(dst)
 		}
 		check("Span", Span(dst, gz[from:in:in], p.Bits, p.window))
-		check("SpanUse", SpanUse(dst, gz[from:in:in], p.Bits, p.window, used))
+		if err := SpanUse(used, out-p.Out, gz[from:in:in], p.Bits); err != nil {
+			t.Fatalf("SpanUse of span %d at %+v: %v", i, p.Checkpoint, err)
+		}
 		sparse := make([]byte, windowSize)
 		w := sparse[windowSize-len(p.window):]
 		copy(w, p.window)
 		for j := range sparse {
-			if used[j/8]>>(j%8)&1 == 0 {
+			if used[j] == 0 {
 				sparse[j] ^= 0xff
 			}
 		}

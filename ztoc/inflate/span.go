@@ -19,31 +19,12 @@ var scratches = sync.Pool{New: func() any { return new(scratch) }}
 //
 // It never writes outside dst; after an error dst may hold anything. Any number of goroutines may call it.
 func Span(dst, src []byte, bits uint8, window []byte) error {
-	return span(dst, src, bits, window, nil)
-}
-
-// SpanUse is Span and sets bit i%8 of used[i/8] where byte i of the window is referred to, the window
-// taken as the last of 32 KiB: bits before its start stay clear. used has 4096 bytes and is overwritten.
-// Only the first 32 KiB of a span can refer to the window, so a dst of that length will do.
-func SpanUse(dst, src []byte, bits uint8, window []byte, used []byte) error {
-	return span(dst, src, bits, window, (*[windowSize / 8]byte)(used))
-}
-
-func span(dst, src []byte, bits uint8, window []byte, used *[windowSize / 8]byte) error {
-	if used != nil {
-		clear(used[:])
-	}
 	window = window[max(0, len(window)-windowSize):]
 	s := scratches.Get().(*scratch)
 	defer scratches.Put(s)
 	d := &s.d
-	d.reset()
-	d.in, d.pos, d.bb, d.nb = src, 0, 0, 0
-	if bits > 0 {
-		if bits > 7 || len(src) == 0 {
-			return &Error{Offset: 0, Err: BadBits}
-		}
-		d.bb, d.nb, d.pos = uint64(src[0]>>(8-bits)), uint(bits), 1
+	if err := d.openSpan(src, bits); err != nil {
+		return err
 	}
 	defer func() { d.in, d.out = nil, nil }()
 
@@ -51,9 +32,7 @@ func span(dst, src []byte, bits uint8, window []byte, used *[windowSize / 8]byte
 	d.out = s.buf[:windowSize+min(len(dst), windowSize+maxMatch+slack)]
 	copy(d.out[windowSize-len(window):], window)
 	d.wp, d.lo, d.end = windowSize, windowSize-len(window), windowSize+min(len(dst), windowSize)
-	d.used = used
 	err := d.fillSpan()
-	d.used = nil
 	n := copy(dst, d.out[windowSize:d.wp])
 	if err != nil || n == len(dst) {
 		return err
@@ -61,6 +40,62 @@ func span(dst, src []byte, bits uint8, window []byte, used *[windowSize / 8]byte
 	d.lo = max(0, d.lo-windowSize)
 	d.out, d.wp, d.end = dst, n, len(dst)
 	return d.fillSpan()
+}
+
+// A trial is what SpanUse takes.
+type trial struct {
+	d    decoder
+	wide [2*windowSize + maxMatch + slack]uint16
+	seen [1 << 16]byte // by element of wide: 1 if there is such a one
+}
+
+var trials = sync.Pool{New: func() any {
+	t := new(trial)
+	markWindow(t.wide[:]) // for good: what is decoded stands behind it
+	return t
+}}
+
+// SpanUse finds out which of the 32 KiB before a span of n inflated bytes are referred to, for which it need
+// not know them: used[i] is 1 for such a byte i of them, and else 0. src and bits are as for Span, and so are errors, but for
+// what is wrong only with the bytes behind the first 32 KiB or with references to before the start of the
+// data.
+func SpanUse(used *[32 << 10]byte, n int64, src []byte, bits uint8) error {
+	t := trials.Get().(*trial)
+	defer trials.Put(t)
+	d := &t.d
+	if err := d.openSpan(src, bits); err != nil {
+		return err
+	}
+	defer func() { d.in, d.wide = nil, nil }()
+	d.wide, d.wp, d.lo, d.end = t.wide[:], windowSize, 0, windowSize+int(min(n, windowSize))
+	if err := d.fillSpan(); err != nil {
+		return err
+	}
+	clear(t.seen[marker:])
+	for rest := t.wide[windowSize:d.wp]; len(rest) > 0; {
+		some := rest[:min(len(rest), 16)]
+		if len(some) < 16 || marked(some) {
+			for _, v := range some {
+				t.seen[v] = 1 // bytes as well: there is nothing to decide
+			}
+		}
+		rest = rest[len(some):]
+	}
+	copy(used[:], t.seen[marker:])
+	return nil
+}
+
+// openSpan makes d ready to inflate a span.
+func (d *decoder) openSpan(src []byte, bits uint8) error {
+	d.restart(nil, 0)
+	d.in = src
+	if bits > 0 {
+		if bits > 7 || len(src) == 0 {
+			return &Error{Offset: 0, Err: BadBits}
+		}
+		d.bb, d.nb, d.pos = uint64(src[0]>>(8-bits)), uint(bits), 1
+	}
+	return nil
 }
 
 // fillSpan decodes until d.wp reaches d.end, across the ends of members.

@@ -5,22 +5,20 @@ const pairAfter = 2 << 10
 
 // symbols decodes the symbols of a block with codes. blockEnd says that the end code was read.
 func (d *decoder) symbols() status {
-	if d.used == nil {
-		inEnd, outEnd := len(d.in)-fastIn, min(d.end, max(len(d.out), len(d.wide))-maxMatch-slack)
-		if !d.paired && d.pos <= inEnd && d.wp < outEnd {
-			enough := d.wp + pairAfter
-			if d.fast(inEnd, min(outEnd, enough)) == fastEnd {
-				return blockEnd
-			}
-			if d.wp >= enough {
-				d.own.lit.pair(&d.lens)
-				d.paired = true
-			}
+	inEnd, outEnd := len(d.in)-fastIn, min(d.end, max(len(d.out), len(d.wide))-maxMatch-slack)
+	if !d.paired && d.pos <= inEnd && d.wp < outEnd {
+		enough := d.wp + pairAfter
+		if d.fast(inEnd, min(outEnd, enough)) == fastEnd {
+			return blockEnd
 		}
-		if d.pos <= inEnd && d.wp < outEnd {
-			if d.fast(inEnd, outEnd) == fastEnd {
-				return blockEnd
-			}
+		if d.wp >= enough {
+			d.own.lit.pair(&d.lens)
+			d.paired = true
+		}
+	}
+	if d.pos <= inEnd && d.wp < outEnd {
+		if d.fast(inEnd, outEnd) == fastEnd {
+			return blockEnd
 		}
 	}
 	if d.wide != nil {
@@ -111,11 +109,6 @@ func careful[T byte | uint16](d *decoder, out []T) status {
 		d.bb, d.nb = bb>>n, nb-n
 
 		length = min(length, len(out)-d.wp)
-		if d.used != nil {
-			for i := d.wp - back; i < min(d.wp-back+length, windowSize); i++ {
-				d.used[i>>3] |= 1 << (i & 7)
-			}
-		}
 		if back >= length {
 			copy(out[d.wp:d.wp+length], out[d.wp-back:])
 		} else {
