@@ -161,8 +161,9 @@ type Chain struct {
 type blob struct {
 	ref ztoc.BlobRef
 
-	opening sync.Mutex // held while the store is asked
-	tried   time.Time  // when the store was asked last; guarded by opening
+	opening sync.Mutex  // held while the store is asked
+	tried   time.Time   // when the store was asked last; guarded by opening
+	soon    atomic.Bool // openSoon is at it
 	kept    keeper
 
 	// Guarded by Chain.mu.
@@ -299,13 +300,13 @@ func (c *Chain) read(ctx context.Context, b *blob, to reading, todo []ztoc.Range
 		err = c.wait(ctx, b, w)
 		todo = w.need
 		if size(todo) < before {
-			try = 0
+			try, failing = 0, time.Time{}
 		}
 		switch {
 		case err == nil:
 			return nil
 		case errors.Is(err, errAgain):
-		case ctx.Err() != nil || errors.Is(err, ErrClosed):
+		case ctx.Err() != nil || errors.Is(err, ErrClosed) || errors.Is(err, ErrNotKept):
 			return err
 		case c.o.Temporary == nil || !c.o.Temporary(err):
 			return fmt.Errorf("blob %s %v: %w", b.ref.Digest, todo[0], err)
@@ -472,26 +473,31 @@ func (c *Chain) blob(ref ztoc.BlobRef, r ztoc.Range) (*blob, error) {
 	if r.Start < 0 || r.End < r.Start || r.End > ref.Size {
 		return nil, fmt.Errorf("blob %s: %v is beyond its size %d", ref.Digest, r, ref.Size)
 	}
-	v, ok := c.blobs.Load(ref)
-	if !ok {
-		v, _ = c.blobs.LoadOrStore(ref, &blob{ref: ref, waiters: map[*waiter]struct{}{}})
-	}
-	b := v.(*blob)
+	b := c.known(ref)
 	if b.kept.get() == nil {
 		c.openStore(b)
 	}
 	return b, nil
 }
 
-// Local reports whether the store has all of r, so that ReadAt would not wait for the origin. It does not
-// wait itself.
-func (c *Chain) Local(ref ztoc.BlobRef, r ztoc.Range) bool {
-	b, err := c.blob(ref, r)
-	if err != nil {
-		return false
+// known is what this chain knows about a blob, which may be nothing yet.
+func (c *Chain) known(ref ztoc.BlobRef) *blob {
+	v, ok := c.blobs.Load(ref)
+	if !ok {
+		v, _ = c.blobs.LoadOrStore(ref, &blob{ref: ref, waiters: map[*waiter]struct{}{}})
 	}
-	st := b.kept.get()
-	return st != nil && len(st.Missing(r)) == 0
+	return v.(*blob)
+}
+
+// Local reports whether the store is known to have all of r, so that ReadAt would wait neither for the origin nor for the
+// store to open the blob. It does not wait itself.
+func (c *Chain) Local(ref ztoc.BlobRef, r ztoc.Range) bool {
+	b := c.known(ref)
+	if st := b.kept.get(); st != nil {
+		return len(st.Missing(r)) == 0
+	}
+	c.openSoon(b)
+	return false
 }
 
 // Prefetch asks for ranges that somebody may read soon, in this order, and returns at once. What has not

@@ -87,6 +87,22 @@ type want struct {
 	stop    func() bool // forgets the context's end, when there are no more flights; may be nil
 }
 
+// hold counts one more flight that wants bytes for w, which may be nil; let is its end. The last one lets go of the context.
+func (w *want) hold() {
+	if w != nil {
+		w.flights++
+	}
+}
+
+func (w *want) let() {
+	if w == nil {
+		return
+	}
+	if w.flights--; w.flights == 0 && w.stop != nil {
+		w.stop()
+	}
+}
+
 // A waiter is a reader waiting for bytes. Fields are guarded by Chain.mu until done is closed.
 type waiter struct {
 	p      []byte

@@ -31,6 +31,19 @@ func (k *keeper) close() error {
 // reopenEvery is how often a store that refused a blob is asked again.
 const reopenEvery = 5 * time.Second
 
+// openSoon has openStore done without waiting for it.
+func (c *Chain) openSoon(b *blob) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || c.o.Store == nil || !b.soon.CompareAndSwap(false, true) {
+		return
+	}
+	c.wg.Go(func() {
+		c.openStore(b)
+		b.soon.Store(false)
+	})
+}
+
 // openStore opens the blob in the store, if there is one and it will.
 func (c *Chain) openStore(b *blob) {
 	if c.o.Store == nil {

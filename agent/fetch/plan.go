@@ -100,9 +100,7 @@ func (c *Chain) launch(b *blob, r ztoc.Range, cl class, o coverOptions) int64 {
 // enqueue puts a flight on its blob's list and into its queue.
 func (c *Chain) enqueue(f *flight, first bool) {
 	f.moved = make(chan struct{}, 1)
-	if f.want != nil {
-		f.want.flights++
-	}
+	f.want.hold()
 	f.b.flights = slices.Insert(f.b.flights, f.b.at(f.pos), f)
 	if first {
 		c.queue[f.class] = slices.Insert(c.queue[f.class], 0, f)
@@ -117,11 +115,7 @@ func (f *flight) remove() {
 		return
 	}
 	f.dead = true
-	if f.want != nil {
-		if f.want.flights--; f.want.flights == 0 && f.want.stop != nil {
-			f.want.stop()
-		}
-	}
+	f.want.let()
 	f.b.flights = slices.DeleteFunc(f.b.flights, func(g *flight) bool { return g == f })
 }
 
@@ -137,6 +131,8 @@ func (c *Chain) carve(f *flight, r ztoc.Range) {
 	}
 	u = f.toCome().Intersect(u)
 	end := f.end
+	f.want.hold() // until its parts are queued
+	defer f.want.let()
 	f.end = u.Start
 	if f.end <= f.pos && f.state == queued {
 		f.remove()
@@ -231,6 +227,8 @@ func (c *Chain) ready(f *flight) bool {
 		if len(miss) != 1 || !miss[0].Contains(all) {
 			// Other processes, or flights that were cut, have stored some of it.
 			b.wake(all, errAgain)
+			f.want.hold() // until its parts are queued
+			defer f.want.let()
 			f.remove()
 			for i := len(miss) - 1; i >= 0; i-- {
 				m := all.Intersect(miss[i])

@@ -22,26 +22,27 @@ import (
 type derivedOrigin struct {
 	o  *opener
 	mu sync.Mutex
-	// layers are by derived blob.
-	layers map[ztoc.Digest]origin.Descriptor
+	// from is the layers that derived blobs are made from, by derived blob.
+	from map[ztoc.Digest]origin.Descriptor
+	// layers reads them. It is not the chain whose flights wait here: a flight that waited for another of the same chain
+	// would hold the place that the other needs. Nil until a derived blob has to be made again.
+	layers *fetch.Chain
 }
 
 func (d *derivedOrigin) enter(blob ztoc.Digest, layer origin.Descriptor) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.layers[blob] = layer
+	d.from[blob] = layer
 }
 
 // Blob opens bytes r of a blob. Those of a derived blob are made by re-framing its layer from the
 // beginning, which happens only after it was evicted under a live mount.
 func (d *derivedOrigin) Blob(ctx context.Context, blob ztoc.Digest, r ztoc.Range) (io.ReadCloser, error) {
-	d.mu.Lock()
-	layer, derived := d.layers[blob]
-	d.mu.Unlock()
-	if !derived {
+	layer, layers := d.made(blob)
+	if layers == nil {
 		return d.o.Repo.Blob(ctx, blob, r)
 	}
-	src, err := d.o.chain.Stream(ctx, layer.Ref())
+	src, err := layers.Stream(ctx, layer.Ref())
 	if err != nil {
 		return nil, err
 	}
@@ -49,17 +50,57 @@ func (d *derivedOrigin) Blob(ctx context.Context, blob ztoc.Digest, r ztoc.Range
 	go func() {
 		defer src.Close()
 		_, _, err := ztoc.Derive(src, &window{w: pw, skip: r.Start, left: r.Len()}, d.o.buildOptions(layer))
-		if errors.Is(err, errEnough) {
+		switch {
+		case errors.Is(err, errEnough):
 			err = nil
+		case err != nil && ctx.Err() == nil:
+			_ = layers.Reject(layer.Ref(), ztoc.Range{End: layer.Size}, err) // what is stored of it may have rotted
 		}
 		pw.CloseWithError(err) // ends the reader; nil is io.EOF
 	}()
 	return pr, nil
 }
 
-// Reject tells the repository that a range it gave was wrong, where it can go elsewhere.
+// made is the layer that a blob is made from and the chain to read it with; nil when the repository has the blob itself.
+func (d *derivedOrigin) made(blob ztoc.Digest) (origin.Descriptor, *fetch.Chain) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	layer, ok := d.from[blob]
+	if !ok {
+		return layer, nil
+	}
+	if d.layers == nil {
+		d.layers = d.o.newChain(repoOrigin{d.o.Repo})
+	}
+	return layer, d.layers
+}
+
+// Close ends what is being made. The chain above must have been closed.
+func (d *derivedOrigin) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.layers == nil {
+		return nil
+	}
+	return d.layers.Close()
+}
+
+// Reject has a range that was wrong come from elsewhere: another server of the repository, or for a derived blob its layer, fetched
+// again, because the rot may be anywhere before it.
 func (d *derivedOrigin) Reject(blob ztoc.Digest, r ztoc.Range, cause error) {
-	if repo, ok := d.o.Repo.(fetch.Rejecter); ok {
+	if layer, layers := d.made(blob); layers != nil {
+		_ = layers.Reject(layer.Ref(), ztoc.Range{End: layer.Size}, cause) // how often is counted for the derived blob
+		return
+	}
+	repoOrigin{d.o.Repo}.Reject(blob, r, cause)
+}
+
+// A repoOrigin is a repository as a chain sees it.
+type repoOrigin struct{ origin.Repository }
+
+// Reject tells the repository that a range it gave was wrong, where it can go elsewhere.
+func (o repoOrigin) Reject(blob ztoc.Digest, r ztoc.Range, cause error) {
+	if repo, ok := o.Repository.(fetch.Rejecter); ok {
 		repo.Reject(blob, r, cause)
 	}
 }

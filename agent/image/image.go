@@ -105,8 +105,8 @@ func Open(ctx context.Context, opts Options) (_ *Image, err error) {
 		return nil, err
 	}
 	im.Resolved = o.img
-	o.derived = derivedOrigin{o: o, layers: map[ztoc.Digest]origin.Descriptor{}}
-	o.chain = o.newChain()
+	o.derived = derivedOrigin{o: o, from: map[ztoc.Digest]origin.Descriptor{}}
+	o.chain = o.newChain(&o.derived)
 	o.Progress.watch(o.chain)
 
 	o.Progress.phase("index")
@@ -143,8 +143,8 @@ func Open(ctx context.Context, opts Options) (_ *Image, err error) {
 	return im, nil
 }
 
-// newChain makes the chain store → origin.
-func (o *opener) newChain() *fetch.Chain {
+// newChain makes a chain store → from.
+func (o *opener) newChain(from fetch.Origin) *fetch.Chain {
 	return fetch.New(fetch.Options{
 		Store: fetch.StoreFunc(func(ref ztoc.BlobRef) (fetch.Blob, error) {
 			b, err := o.Store.Blob(ref)
@@ -153,12 +153,20 @@ func (o *opener) newChain() *fetch.Chain {
 			}
 			return b, err
 		}),
-		Origin:    &o.derived,
+		Origin:    from,
 		Requests:  o.Requests,
 		Temporary: o.Temporary,
 		Patience:  o.Patience,
 		OnEvent:   o.OnFetch,
 	})
+}
+
+// closeChains ends what is being fetched.
+func (o *opener) closeChains() error {
+	if o.chain == nil {
+		return nil
+	}
+	return errors.Join(o.chain.Close(), o.derived.Close())
 }
 
 // An unclaimed blob is one that no fetch.Claimer can be seen in.
@@ -375,10 +383,7 @@ func (im *Image) Fetched() fetch.Stats {
 // Close ends what is still being fetched and releases the mappings. No server may use the image any
 // more.
 func (im *Image) Close() error {
-	var err error
-	if im.o.chain != nil {
-		err = im.o.chain.Close()
-	}
+	err := im.o.closeChains()
 	if im.config.Warm != nil {
 		im.config.Warm.Close()
 	}

@@ -6,12 +6,16 @@ import (
 	"crypto/sha256"
 	"errors"
 	"io"
+	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
+	"github.com/muster-hpc/muster/agent/fetch"
 	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/agent/store"
 	"github.com/muster-hpc/muster/lazyfs"
@@ -263,6 +267,67 @@ func TestDerivedAgain(t *testing.T) {
 		b.Close()
 	}
 	checkDiffIDs(t, im)
+}
+
+// TestDerivedAgainByMany has a derived blob that nobody kept read by many at once, with as few requests as there can be, while the
+// layer that it is made from has rotted in the store.
+func TestDerivedAgainByMany(t *testing.T) {
+	w := newWorld(t, "zstd-single")
+	s := newStore(t)
+	im := w.open(s, func(o *Options) { o.Requests = 2 })
+	for i, l := range im.Layers {
+		if l.Mode != ModeDerived {
+			continue
+		}
+		layer := im.Resolved.Layers[i].Ref()
+		b, err := s.Blob(im.Config().Layers[i].Ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Drop(ztoc.Range{End: im.Config().Layers[i].Ref.Size})
+		b.Close()
+		_, hex, _ := strings.Cut(string(layer.Digest), ":")
+		files, err := filepath.Glob(filepath.Join(s.Dir(), "blobs", hex+"*"))
+		if err != nil || len(files) != 1 {
+			t.Fatal(files, err)
+		}
+		rot, err := os.OpenFile(files[0], os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := rot.WriteAt([]byte("rot"), layer.Size/3); err != nil {
+			t.Fatal(err)
+		}
+		rot.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+		defer cancel()
+		var wg sync.WaitGroup
+		view := im.Config().Layers[i]
+		for k := range view.Ztoc.NumSpans() {
+			wg.Go(func() {
+				sp := view.Ztoc.Span(k)
+				packed, out := make([]byte, sp.Blob.Len()), make([]byte, sp.Out.Len())
+				for {
+					if err := im.Config().Blobs.ReadAt(ctx, view.Ref, packed, sp.Blob.Start, ztoc.Demand); err != nil {
+						if ctx.Err() != nil || errors.Is(err, fetch.ErrWrong) {
+							t.Errorf("span %d: %v", k, err)
+							return
+						}
+						continue // the layer is being fetched again
+					}
+					err := view.Ztoc.Inflate(out, k, packed)
+					if err == nil {
+						return
+					}
+					if err := im.Config().Blobs.Reject(view.Ref, sp.Blob, err); err != nil {
+						t.Errorf("span %d: %v", k, err)
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+	}
 }
 
 // TestWrongBytes is F8 for a first pull: one flipped byte costs a second fetch; a registry that

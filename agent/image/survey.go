@@ -41,9 +41,9 @@ func Survey(ctx context.Context, opts Options) (*Surveyed, error) {
 		return nil, err
 	}
 	s.Image = o.img
-	o.derived = derivedOrigin{o: o, layers: map[ztoc.Digest]origin.Descriptor{}}
-	o.chain = o.newChain()
-	defer o.chain.Close()
+	o.derived = derivedOrigin{o: o, from: map[ztoc.Digest]origin.Descriptor{}}
+	o.chain = o.newChain(&o.derived)
+	defer o.closeChains() //nolint:errcheck // nothing is kept open by it
 	views, err := o.findViews(ctx)
 	if err != nil {
 		return nil, err
