@@ -158,7 +158,7 @@ func (p *patience) limit(e *endpoint, f *refusal) time.Duration {
 }
 
 // pick chooses whom to ask: the first that can, has not refused and does not rest; else the one whose
-// rest ends first, and how long that is. For a part of a blob those that ignore ranges come last.
+// rest ends first, and how long that is. See endpoint.rank for who comes last.
 func (r *remote) pick(c *call, no map[*endpoint]*refusal) (*endpoint, time.Duration) {
 	var (
 		best *endpoint
@@ -172,7 +172,7 @@ func (r *remote) pick(c *call, no map[*endpoint]*refusal) (*endpoint, time.Durat
 		case d > 0 || wait > 0:
 			return d < wait
 		default:
-			return c.rng.Start > 0 && best.noRange.Load() && !e.noRange.Load()
+			return e.rank(c) < best.rank(c)
 		}
 	}
 	refused := false // by the registry itself: then no mirror is waited for

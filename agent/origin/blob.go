@@ -33,6 +33,13 @@ func (r *remote) Blob(ctx context.Context, d ztoc.Digest, rng ztoc.Range) (io.Re
 	return b, nil
 }
 
+// Reject has the blob asked for elsewhere from now on, where there is an elsewhere: what the last one gave of it was wrong.
+func (r *remote) Reject(d ztoc.Digest, _ ztoc.Range, _ error) {
+	if e := r.up.giver(d); e != nil {
+		e.reject(d)
+	}
+}
+
 // body reads [next, end) of a blob, over as many responses as it takes.
 type body struct {
 	r      *remote
@@ -176,6 +183,7 @@ func (b *body) open() error {
 		}
 		skip, err := b.accept(c, a)
 		if err == nil {
+			b.r.up.answered(b.d, a.e)
 			b.a, b.w = a, &watched{a: a, left: a.ContentLength, min: b.r.c.o.MinRate, window: b.r.c.o.RateWindow}
 			if err := b.skip(skip); err != nil {
 				b.broke(err)

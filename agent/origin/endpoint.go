@@ -25,6 +25,29 @@ type upstream struct {
 	registry  string
 	stamp     string // of the configuration it was made from
 	endpoints []*endpoint
+
+	mu   sync.Mutex
+	gave map[ztoc.Digest]*endpoint // who answered last for a blob
+}
+
+// answered notes that bytes of a blob come from e.
+func (u *upstream) answered(d ztoc.Digest, e *endpoint) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if len(u.gave) >= maxRemembered {
+		clear(u.gave)
+	}
+	if u.gave == nil {
+		u.gave = map[ztoc.Digest]*endpoint{}
+	}
+	u.gave[d] = e
+}
+
+// giver is who answered last for a blob; nil when nobody has.
+func (u *upstream) giver(d ztoc.Digest) *endpoint {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.gave[d]
 }
 
 // An endpoint is one of them, with what was learned about it.
@@ -46,9 +69,10 @@ type endpoint struct {
 	moved    atomic.Int64 // bytes received, for the rate of the whole host
 
 	mu     sync.Mutex
-	rest   time.Time            // not to be asked before
-	fails  int                  // rests in a row
-	misses map[string]time.Time // path → until when its 404 is believed
+	rest   time.Time                 // not to be asked before
+	fails  int                       // rests in a row
+	misses map[string]time.Time      // path → until when its 404 is believed
+	wrong  map[ztoc.Digest]time.Time // until when its bytes of a blob are the last choice
 	signed map[ztoc.Digest]signedURL
 	auths  map[string]*authorizer // by scope
 }
@@ -62,6 +86,7 @@ const (
 	mirrorRest    = 30 * time.Second // a mirror that failed is left alone this long, doubled each time
 	maxMirrorRest = 5 * time.Minute
 	missLife      = time.Minute
+	wrongLife     = 10 * time.Minute
 	maxRemembered = 4096 // entries of misses and signed
 )
 
@@ -143,7 +168,7 @@ func loopback(hostport string) bool {
 func (c *Client) endpoint(registry string, h hostConfig, mirror bool) (*endpoint, error) {
 	e := &endpoint{
 		host: h.base.Host, mirror: mirror, cfg: h, idle: c.o.Idle,
-		misses: map[string]time.Time{}, signed: map[ztoc.Digest]signedURL{}, auths: map[string]*authorizer{},
+		misses: map[string]time.Time{}, wrong: map[ztoc.Digest]time.Time{}, signed: map[ztoc.Digest]signedURL{}, auths: map[string]*authorizer{},
 	}
 	e.floor.Store(c.o.MinRate)
 	e.report = c.record
@@ -291,6 +316,31 @@ func (e *endpoint) miss(path string) {
 		clear(e.misses)
 	}
 	e.misses[path] = time.Now().Add(missLife)
+}
+
+// rank orders those that could be asked for c: who gave wrong bytes of the blob comes last, and for a part of a blob who ignores
+// ranges before that.
+func (e *endpoint) rank(c *call) (n int) {
+	if c.rng.Start > 0 && e.noRange.Load() {
+		n = 1
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if t, ok := e.wrong[c.digest]; ok && time.Now().Before(t) {
+		n += 2
+	}
+	return n
+}
+
+// reject makes e the last choice for a blob for a while.
+func (e *endpoint) reject(d ztoc.Digest) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.wrong) >= maxRemembered {
+		clear(e.wrong)
+	}
+	e.wrong[d] = time.Now().Add(wrongLife)
+	delete(e.signed, d) // perhaps it was not e but where e sent us
 }
 
 func (e *endpoint) signedFor(d ztoc.Digest) *url.URL {

@@ -26,6 +26,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/muster-hpc/muster/agent/fetch"
 	"github.com/muster-hpc/muster/tests/registry"
 	"github.com/muster-hpc/muster/ztoc"
 )
@@ -84,6 +85,35 @@ func TestMirrorIsTriedFirst(t *testing.T) {
 	pushArtifact(t, repo, Image{Digest: layer().Digest, MediaType: MediaTypeManifest}, 1)
 	if n := mirror.Count(registry.Match{Kind: registry.Upload}); n != 0 {
 		t.Errorf("%d uploads to the mirror", n)
+	}
+}
+
+// Wrong bytes of a mirror are asked for elsewhere, those of the registry of the mirror again, and other blobs as ever.
+func TestMirrorGivesWrongBytes(t *testing.T) {
+	server, mirror := newWorld(t, registry.Options{}), newWorld(t, registry.Options{})
+	repo := openRepo(t, newClient(t, mirrored(t, server, mirror.Addr)), "upstream.example/test:one")
+	rejecter, ok := repo.(fetch.Rejecter)
+	if !ok {
+		t.Fatal("a repository with mirrors takes no Reject")
+	}
+	from := func(m, s int) {
+		t.Helper()
+		mirror.ResetLog()
+		server.ResetLog()
+		wantRange(t, repo, middle)
+		if a, b := mirror.Count(anyBlob), server.Count(anyBlob); a != m || b != s {
+			t.Errorf("%d requests to the mirror, %d to the registry; want %d, %d", a, b, m, s)
+		}
+	}
+	from(1, 0)
+	rejecter.Reject(layer().Digest, middle, ztoc.ErrMismatch)
+	from(0, 1)
+	rejecter.Reject(layer().Digest, middle, ztoc.ErrMismatch)
+	from(1, 0)
+	mirror.ResetLog()
+	readRange(context.Background(), repo, ztoc.DigestOf(layerBytes(2, layerSize/2)), middle)
+	if mirror.Count(anyBlob) != 1 {
+		t.Error("another blob does not come from the mirror")
 	}
 }
 
