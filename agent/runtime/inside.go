@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -89,6 +90,9 @@ func (s *stage) serve(mount Mount) error {
 	if m.Command == nil {
 		return errors.New("no command from the front")
 	}
+	// From here on files of the image are read, and they may never come.
+	var pid atomic.Int64
+	go s.passSignals(&pid)
 	if err := s.assemble(tree); err != nil {
 		return err
 	}
@@ -100,12 +104,12 @@ func (s *stage) serve(mount Mount) error {
 	if err != nil {
 		return err
 	}
+	pid.Store(int64(r.pid))
 	err = s.wire.send(message{Started: &started{name}}, r.terminal)
 	r.drop()
 	if err != nil {
 		return err
 	}
-	go s.passSignals(r.pid)
 	code, err := reap(r)
 	if err != nil {
 		return err
@@ -114,15 +118,15 @@ func (s *stage) serve(mount Mount) error {
 }
 
 // passSignals sends what the front asks for to pid, and ends the process, and with it the namespaces,
-// when the front closes the socket.
-func (s *stage) passSignals(pid int) {
+// when the front closes the socket. The front has signals for it from Started on.
+func (s *stage) passSignals(pid *atomic.Int64) {
 	for {
 		m, _, err := s.wire.receive()
 		if err != nil {
 			os.Exit(1)
 		}
-		if m.Signal > 0 {
-			_ = unix.Kill(pid, unix.Signal(m.Signal))
+		if p := pid.Load(); p > 0 && m.Signal > 0 {
+			_ = unix.Kill(int(p), unix.Signal(m.Signal))
 		}
 	}
 }

@@ -116,7 +116,7 @@ func testFront(args []string) int {
 	signals := make(chan os.Signal, 8)
 	Notify(signals)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
-	code, err := s.Run(context.Background(), Command{Args: args[7:], Env: strings.Fields(args[5]), Dir: args[2], User: args[1]}, signals)
+	code, err := s.Run(context.Background(), Command{Args: args[7:], Env: strings.Fields(args[5]), Dir: args[2], User: args[1]}, signals, func() {})
 	var c *CommandError
 	if errors.As(err, &c) {
 		fmt.Fprintln(os.Stderr, err)

@@ -155,14 +155,18 @@ func (s *Session) setup(o Options) error {
 func (s *Session) Device() *os.File { return s.device }
 
 // Run runs c and returns its exit code, 128 + N when signal N ended it. Signals that arrive are passed
-// on; with a terminal SIGWINCH sets its size. ctx bounds only the time until the command runs.
-func (s *Session) Run(ctx context.Context, c Command, signals <-chan os.Signal) (int, error) {
+// on; with a terminal SIGWINCH sets its size. ctx bounds only the time until the command runs; then started is called, so that
+// the caller can send to signals from there on what has cancelled ctx until then.
+func (s *Session) Run(ctx context.Context, c Command, signals <-chan os.Signal, started func()) (int, error) {
 	stop := context.AfterFunc(ctx, func() { _ = s.wire.conn.Close() })
 	defer stop()
 	if err := s.wire.send(message{Command: &c}, nil); err != nil {
 		return 0, s.lost(err)
 	}
 	m, master, err := s.wire.receive()
+	if err == nil && m.Started != nil {
+		started() // before ctx is let go, so that a signal goes one way or the other
+	}
 	if !stop() && ctx.Err() != nil {
 		return 0, ctx.Err()
 	}

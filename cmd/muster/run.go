@@ -165,21 +165,26 @@ func (a *app) run(ctx context.Context, f runFlags, ref string, args []string) er
 	serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopServing()
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(serving, st.session.Device()) }()
+	go func() {
+		err := server.Serve(serving, st.session.Device())
+		if err != nil {
+			_ = st.session.Close() // nobody answers the command's reads any more
+		}
+		served <- err
+	}()
 	guessed := make(chan struct{})
 	go func() { defer close(guessed); img.Guess(serving, server) }()
 	ready := time.Now()
 
 	signals := make(chan os.Signal, 16)
 	runtime.Notify(signals)
-	a.handOver(signals)
-	code, err := st.session.Run(ctx, command, signals)
+	code, err := st.session.Run(ctx, command, signals, func() { a.handOver(signals) })
 
 	// The stage ends first: with it goes the mount, and with the mount the server, by itself.
 	err = errors.Join(err, st.session.Close())
 	select {
 	case serveErr := <-served:
-		if err == nil && serveErr != nil {
+		if serveErr != nil {
 			err = fmt.Errorf("serving the image: %w", serveErr)
 		}
 	case <-time.After(serveWait):

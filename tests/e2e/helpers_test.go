@@ -83,7 +83,8 @@ func bigImage(seed byte) images.Image {
 	return images.Image{
 		Config: images.RunConfig{Env: []string{images.PathEnv}, Cmd: []string{"/bin/say"}},
 		Layers: []images.Blob{
-			images.Layer(images.Dir("."), images.Dir("bin"), images.File("bin/say", string(say())).With(0o755, 0, 0)),
+			images.Layer(images.Dir("."), images.Dir("bin"), images.File("bin/say", string(say())).With(0o755, 0, 0),
+				images.Dir("etc"), images.File("etc/passwd", "worker:x:1234:1234::/:/bin/say\n")),
 			images.Layer(entries...),
 		},
 	}

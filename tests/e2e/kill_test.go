@@ -268,6 +268,48 @@ func TestSignalsAtEachPhase(t *testing.T) {
 	}
 }
 
+// TestSignalBeforeTheCommandRuns: the tree is mounted, and the file that says who the command is to run as does not come.
+func TestSignalBeforeTheCommandRuns(t *testing.T) {
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			p, h := front(t), newHost(t, 0)
+			ref, dir := through(p, big(t, 1)), h.mountPoint()
+			h.must("mount", ref, dir) // keeps the tables
+			h.must("umount", dir)
+			if err := os.RemoveAll(filepath.Join(h.store, "blobs")); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Mkdir(filepath.Join(h.store, "blobs"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			p.ResetLog()
+			programs := blobs(bigImage(1).Layers[0].Descriptor.Digest)
+			p.Inject(programs, 0, registry.Hang())
+			r := h.start("run", "--user", "worker", ref, "/bin/say")
+			eventually(t, "bytes are asked for", func() bool {
+				for _, r := range p.Log(programs) {
+					if r.Fault != "" {
+						return true
+					}
+				}
+				return false
+			})
+			time.Sleep(500 * time.Millisecond) // so that it waits for them
+			began := time.Now()
+			r.Process.Signal(sig) //nolint:errcheck // waited for
+			if code := r.end(t); code != 128+int(sig) {
+				t.Errorf("exit code %d: %s", code, r.err.String())
+			}
+			if took := time.Since(began); took > 20*time.Second {
+				t.Errorf("it took %v to end", took)
+			}
+			plainMessage(t, lastLine(r.err.String()), "interrupted")
+			h.clean("a run that was ended before its command ran")
+		})
+	}
+}
+
 func lastLine(s string) string {
 	all := strings.Split(strings.TrimSpace(s), "\n")
 	return all[len(all)-1]
