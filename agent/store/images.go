@@ -123,13 +123,16 @@ func readRecord[T any](path string) (v T, err error) {
 		return v, err
 	}
 	if err := json.Unmarshal(b, &v); err != nil {
-		return v, fmt.Errorf("%s: %w", path, err)
+		return v, fmt.Errorf("%w: %s: %w", errDamaged, path, err)
 	}
 	return v, nil
 }
 
-// readRecords reads every record of a folder. One that cannot be read (power was lost while it was written) is
-// removed: it must not stand in the way of the others.
+// errDamaged says that what lies in the place of a record is none.
+var errDamaged = errors.New("damaged")
+
+// readRecords reads every record of a folder. One that is none (power was lost while it was written) is removed: it must not
+// stand in the way of the others. One that cannot be read now is an error, because what it refers to would look unused.
 func readRecords[T any](s *Store, dir string, key func(T) string) ([]T, error) {
 	names, err := os.ReadDir(s.path(dir))
 	if err != nil {
@@ -140,6 +143,8 @@ func readRecords[T any](s *Store, dir string, key func(T) string) ([]T, error) {
 		v, err := readRecord[T](s.path(dir, n.Name()))
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
+		case err != nil && !errors.Is(err, errDamaged) && n.Type().IsRegular():
+			return nil, err
 		case err != nil || key(v) != n.Name():
 			s.log.Warn("muster: a damaged record is removed", "path", s.path(dir, n.Name()), "cause", err)
 			s.removeCounted(s.path(dir, n.Name())) //nolint:errcheck // tried again next time
@@ -181,21 +186,24 @@ func (t set) hasOrigin(it item) bool {
 }
 
 // pinned is everything that pins keep.
-func (s *Store) pinned() set {
+func (s *Store) pinned() (set, error) {
 	keep := newSet()
 	pins, err := s.Pins()
 	if err != nil {
-		return keep
+		return keep, fmt.Errorf("what is pinned: %w", err)
 	}
 	for _, p := range pins {
 		for _, d := range p.Blobs {
 			keep.blobs[d] = true
 		}
-		if im, err := s.image(p.Key); err == nil {
+		switch im, err := s.image(p.Key); {
+		case err == nil:
 			keep.add(im)
+		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errDamaged):
+			return keep, fmt.Errorf("what is pinned: %w", err)
 		}
 	}
-	return keep
+	return keep, nil
 }
 
 // Remove removes an image: its record, its pin, and what of its blobs and files no other image or pin refers
@@ -219,8 +227,12 @@ func (s *Store) Remove(key string) (freed int64, err error) {
 	if freed, err = s.removeCounted(s.path(imagesDir, key)); err != nil {
 		return freed, err
 	}
-	gone, keep := newSet(), s.referred()
+	gone := newSet()
 	gone.add(im)
+	keep, err := s.referred()
+	if err != nil {
+		return freed, err
+	}
 	for _, it := range s.recount().items {
 		if gone.has(it) && !keep.has(it) || gone.hasOrigin(it) && !keep.hasOrigin(it) {
 			freed += s.take(it)
@@ -230,16 +242,19 @@ func (s *Store) Remove(key string) (freed int64, err error) {
 }
 
 // referred is everything that images and pins refer to.
-func (s *Store) referred() set {
-	keep := s.pinned()
+func (s *Store) referred() (set, error) {
+	keep, err := s.pinned()
+	if err != nil {
+		return keep, err
+	}
 	images, err := s.Images()
 	if err != nil {
-		return keep
+		return keep, fmt.Errorf("what images refer to: %w", err)
 	}
 	for _, im := range images {
 		keep.add(im)
 	}
-	return keep
+	return keep, nil
 }
 
 // take frees an item whether or not it is in use. The caller holds the store's lock.
@@ -295,7 +310,10 @@ func (s *Store) GC(o GCOptions) (GCReport, error) {
 	defer s.lock.unlock()
 	start := s.survey()
 	r.Temp = s.sweepTemp()
-	keep := s.referred()
+	keep, err := s.referred()
+	if err != nil {
+		return r, err
+	}
 	for _, it := range s.recount().items {
 		grace := o.Grace
 		if it.kind == KindRef || it.kind == KindProfile {
@@ -343,7 +361,10 @@ type Usage struct {
 func (s *Store) Usage() (Usage, error) {
 	c := s.survey()
 	u := Usage{Used: c.total, Quota: s.quota, Type: s.fs.Type, Memory: s.fs.Memory}
-	keep := s.referred()
+	keep, err := s.referred()
+	if err != nil {
+		return u, err
+	}
 	for _, it := range c.items {
 		if it.kind == "" {
 			u.Blobs++

@@ -212,7 +212,11 @@ func (s *Store) evict(target int64, idleOnly bool) {
 	if s.used().Load() <= target {
 		return
 	}
-	keep := s.pinned()
+	keep, err := s.pinned()
+	if err != nil {
+		s.log.Warn("muster: nothing is evicted", "cause", err)
+		return
+	}
 	slices.SortFunc(c.items, func(a, b item) int {
 		return cmp.Or(-cmp.Compare(firstKind(a.kind), firstKind(b.kind)), a.used.Compare(b.used), cmp.Compare(a.path, b.path))
 	})

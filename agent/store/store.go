@@ -261,7 +261,7 @@ func ownName(n string) bool {
 func (s *Store) warnOnce(why string) {
 	if s.warned.CompareAndSwap(false, true) {
 		s.log.Warn("muster: nothing more is stored for now, reads go on uncached",
-			"dir", s.dir, "cause", why, "next", "free space there, raise the quota, unpin images (muster cache ls), or choose another --store")
+			"dir", s.dir, "cause", why, "next", "free space there, raise the quota, unpin images (muster cache ls, muster cache unpin), or choose another --store")
 	}
 }
 

@@ -12,11 +12,12 @@ import (
 
 	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/agent/store"
+	"github.com/muster-hpc/muster/ztoc"
 )
 
 func (a *app) cacheCommand() *cobra.Command {
-	c := &cobra.Command{Use: "cache", Short: "what the store holds: ls, gc, rm"}
-	c.AddCommand(a.cacheLs(), a.cacheGC(), a.cacheRm())
+	c := &cobra.Command{Use: "cache", Short: "what the store holds: ls, gc, rm, pin, unpin"}
+	c.AddCommand(a.cacheLs(), a.cacheGC(), a.cacheRm(), a.cachePin(), a.cacheUnpin())
 	return c
 }
 
@@ -132,28 +133,18 @@ func (a *app) cacheRm() *cobra.Command {
 				return err
 			}
 			defer st.Close()
-			images, err := st.Images()
-			if err != nil {
-				return err
-			}
 			type removed struct {
 				Image  string `json:"image"`
 				Digest string `json:"digest"`
 				Freed  int64  `json:"freed"`
 			}
 			done := []removed{}
-			for _, name := range args {
-				found := findImages(images, name)
-				if len(found) == 0 {
-					return &coded{exitNoImage, fmt.Errorf("%s: not in the store %s: %w; 'muster cache ls' lists what is", name, st.Dir(), os.ErrNotExist)}
-				}
-				for _, im := range found {
-					freed, err := st.Remove(im.Key)
-					if err != nil {
-						return fmt.Errorf("%s: %w", name, err)
-					}
-					done = append(done, removed{im.Reference, "sha256:" + im.Key, freed})
-				}
+			if err := eachImage(st, args, func(im store.Image) error {
+				freed, err := st.Remove(im.Key)
+				done = append(done, removed{im.Reference, "sha256:" + im.Key, freed})
+				return err
+			}); err != nil {
+				return err
 			}
 			return a.result(done, func(w io.Writer) {
 				for _, d := range done {
@@ -164,6 +155,64 @@ func (a *app) cacheRm() *cobra.Command {
 	}
 	a.jsonFlag(c)
 	return c
+}
+
+func (a *app) cachePin() *cobra.Command {
+	return &cobra.Command{
+		Use:   "pin IMAGE…",
+		Short: "keep what the store has, and gets, of these images: it is not evicted for others",
+		Args:  arguments(cobra.MinimumNArgs(1)),
+		RunE: func(_ *cobra.Command, args []string) error {
+			return a.pins(args, func(st *store.Store, im store.Image) error {
+				blobs := make([]ztoc.Digest, len(im.Blobs))
+				for i, b := range im.Blobs {
+					blobs[i] = b.Digest
+				}
+				return st.Pin(im.Key, blobs)
+			})
+		},
+	}
+}
+
+func (a *app) cacheUnpin() *cobra.Command {
+	return &cobra.Command{
+		Use:   "unpin IMAGE…",
+		Short: "let these images be evicted again",
+		Args:  arguments(cobra.MinimumNArgs(1)),
+		RunE: func(_ *cobra.Command, args []string) error {
+			return a.pins(args, func(st *store.Store, im store.Image) error { return st.Unpin(im.Key) })
+		},
+	}
+}
+
+// pins changes the pins of images.
+func (a *app) pins(names []string, change func(*store.Store, store.Image) error) error {
+	st, err := a.openStore()
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	return eachImage(st, names, func(im store.Image) error { return change(st, im) })
+}
+
+// eachImage calls f for the recorded images that names mean, and ends with the first error.
+func eachImage(st *store.Store, names []string, f func(store.Image) error) error {
+	images, err := st.Images()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		found := findImages(images, name)
+		if len(found) == 0 {
+			return &coded{exitNoImage, fmt.Errorf("%s: not in the store %s: %w; 'muster cache ls' lists what is", name, st.Dir(), os.ErrNotExist)}
+		}
+		for _, im := range found {
+			if err := f(im); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+		}
+	}
+	return nil
 }
 
 // findImages is the recorded images that name means: all versions of a reference, or one digest, of which

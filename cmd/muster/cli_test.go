@@ -557,6 +557,39 @@ func leftOf(c *cli, patience time.Duration) (left string) {
 	}
 }
 
+// F11: what is pinned stays while others are evicted, until it is unpinned.
+func TestPin(t *testing.T) {
+	c := newCLI(t, 0, images.RunConfig{})
+	c.ok("run", c.image, "true")
+	here := func() (present int64, pinned bool) {
+		t.Helper()
+		var l struct {
+			Images []struct {
+				Present int64
+				Pinned  bool
+			}
+		}
+		if err := json.Unmarshal([]byte(c.ok("cache", "ls", "--json")), &l); err != nil || len(l.Images) != 1 {
+			t.Fatalf("%+v, %v", l, err)
+		}
+		return l.Images[0].Present, l.Images[0].Pinned
+	}
+	before, _ := here()
+	c.ok("cache", "pin", c.image)
+	c.ok("cache", "gc", "--target", "4KiB")
+	if n, pinned := here(); n != before || !pinned || n == 0 {
+		t.Errorf("pinned: %d bytes of %d are here, pinned %v", n, before, pinned)
+	}
+	c.ok("cache", "unpin", c.image)
+	c.ok("cache", "gc", "--target", "4KiB")
+	if n, pinned := here(); n != 0 || pinned {
+		t.Errorf("unpinned: %d bytes are here, pinned %v", n, pinned)
+	}
+	if _, errs, code := c.run("cache", "pin", "nobody/knows:this"); code != exitNoImage || !strings.Contains(errs, "not in the store") {
+		t.Errorf("code %d: %s", code, errs)
+	}
+}
+
 // Every command that a script may read speaks JSON.
 func TestJSON(t *testing.T) {
 	c := newCLI(t, 0, images.RunConfig{})

@@ -87,12 +87,6 @@ func (a *app) mount(ctx context.Context, ref, dir string, f imageFlags, selinux 
 	if err != nil {
 		return err
 	}
-	made := false
-	if err := os.Mkdir(dir, 0o755); err == nil {
-		made = true
-	} else if !errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("%s: %w", ref, err)
-	}
 	// The store is made, or refused, before anything of ours lies in its directory.
 	st, err := a.openStore()
 	if err != nil {
@@ -104,6 +98,12 @@ func (a *app) mount(ctx context.Context, ref, dir string, f imageFlags, selinux 
 		return err
 	}
 	defer log.Close()
+	made := false
+	if err := os.Mkdir(dir, 0o755); err == nil {
+		made = true
+	} else if !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%s: %w", ref, err)
+	}
 	var seen struct {
 		sync.Mutex
 		progress image.Snapshot

@@ -201,15 +201,21 @@ func Mounts() []string {
 	return slices.Compact(dirs)
 }
 
-// eachProcess calls f for every process of a mount that can be seen.
+// eachProcess calls f for every process of a mount in this mount namespace that can be seen: the same directory in a container is
+// another.
 func eachProcess(f func(pid int, role, dir string)) {
 	all, err := os.ReadDir("/proc")
 	if err != nil {
 		return
 	}
+	here, hereErr := os.Readlink("/proc/self/ns/mnt")
 	for _, e := range all {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil {
+			continue
+		}
+		// Whose namespace cannot be told (another user's) counts as here.
+		if ns, err := os.Readlink("/proc/" + e.Name() + "/ns/mnt"); err == nil && hereErr == nil && ns != here {
 			continue
 		}
 		b, err := os.ReadFile("/proc/" + e.Name() + "/cmdline")
