@@ -3,7 +3,7 @@ package inflate
 import "sync"
 
 const (
-	chunkSize = 1 << 20   // compressed bytes of a chunk, but in some tests: markers take up less of a large one
+	chunkSize = 2 << 20   // compressed bytes of a chunk, but in some tests: markers take up less of a large one
 	pieceSize = 1 << 20   // inflated bytes of a piece, about
 	maxPieces = 16        // a chunk that inflates to more is left to one core
 	wideSize  = 2 << 20   // inflated bytes of a chunk until its window must be known
@@ -18,6 +18,19 @@ type piece struct {
 }
 
 var pieces = sync.Pool{New: func() any { return new(piece) }}
+
+// newPiece is an empty piece; free gives it back.
+func (w *crew) newPiece() *piece {
+	w.pieces.Add(1)
+	p := pieces.Get().(*piece)
+	p.n, p.crc = 0, 0
+	return p
+}
+
+func (w *crew) free(p *piece) {
+	w.pieces.Add(-1)
+	pieces.Put(p)
+}
 
 // A window is the up to 32 KiB before a place: the last n bytes of b.
 type window struct {
@@ -70,10 +83,10 @@ func newChunk(index int, begin, size int64) *chunk {
 	}
 }
 
-// free gives the pieces back.
-func (c *chunk) free() {
+// freeAll gives c's pieces back.
+func (w *crew) freeAll(c *chunk) {
 	for _, p := range c.pieces {
-		pieces.Put(p)
+		w.free(p)
 	}
 	c.pieces = nil
 }

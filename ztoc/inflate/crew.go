@@ -2,7 +2,9 @@ package inflate
 
 import (
 	"io"
+	"runtime"
 	"sync"
+	"sync/atomic"
 )
 
 // A crew is the workers that inflate chunks of one file, and what they share.
@@ -10,9 +12,13 @@ type crew struct {
 	begin int64 // offset in the file of the first chunk
 	size  int64 // of every chunk but the last
 	ahead int   // a chunk's worker may read the input of so many chunks, counting its own
+	most  int64 // pieces there may be
 	tasks chan *chunk
 	stop  chan struct{} // closed to stop
+	slots chan struct{} // holds one for every worker that is not waiting
 	wg    sync.WaitGroup
+
+	pieces atomic.Int64 // in use
 
 	mu   sync.Mutex // guards what follows and some of the chunks
 	cond sync.Cond  // there is more input, or no more
@@ -28,14 +34,16 @@ type crew struct {
 func newCrew(begin, size int64, n int) *crew {
 	w := &crew{
 		begin: begin, size: size, have: begin, ahead: n + 2, tasks: make(chan *chunk, n+3), stop: make(chan struct{}),
+		slots: make(chan struct{}, n), most: maxPieces * int64(n+3),
 	}
 	w.cond.L = &w.mu
 	return w
 }
 
-// start starts n workers; end ends them.
-func (w *crew) start(n int) {
-	for range n {
+// start starts the workers, one more than may be at work at a time: where one waits for the chunk before, another
+// takes its place. end ends them.
+func (w *crew) start() {
+	for range cap(w.slots) + 1 {
 		w.wg.Go(w.work)
 	}
 }
@@ -51,7 +59,10 @@ func (w *crew) work() {
 	for {
 		select {
 		case c := <-w.tasks:
+			w.slots <- struct{}{}
 			one.inflate(c)
+			<-w.slots
+			runtime.Gosched() // the Reader is to go on first
 		case <-w.stop:
 			return
 		}
@@ -123,7 +134,11 @@ func (w *crew) input(c *chunk, off int64) []byte {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for off >= w.have && !w.eof && !w.stopping() && off < w.begin+int64(c.index+w.ahead)*w.size {
+		<-w.slots
 		w.cond.Wait()
+		w.mu.Unlock()
+		w.slots <- struct{}{}
+		w.mu.Lock()
 	}
 	if off >= w.have || w.stopping() {
 		return nil
@@ -141,6 +156,11 @@ func (w *crew) fromOf(c *chunk) int64 {
 
 // await waits until c is known; false when the crew is stopping.
 func (w *crew) await(c *chunk) bool {
+	if c.isKnown() {
+		return true
+	}
+	<-w.slots
+	defer func() { w.slots <- struct{}{} }()
 	select {
 	case <-c.known:
 		return true

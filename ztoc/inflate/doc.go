@@ -27,7 +27,7 @@
 //
 // # Several cores
 //
-// With Options.Cores above 1 the file is dealt out to a crew of workers in chunks of 1 MiB:
+// With Options.Cores above 1 the file is dealt out to a crew of workers in chunks of 2 MiB:
 //
 //  1. The Reader's goroutine, within Read and WriteTo, reads input some chunks ahead and gives each chunk to
 //     a worker.
@@ -41,7 +41,10 @@
 //  4. The Reader takes the chunks in order, adds up their checksums, reports the checkpoints and hands out
 //     the data.
 //
-// Whatever is odd (malformed data, a checksum that is wrong, data that inflates to more than 16 MiB a chunk,
+// A worker that waits, for the chunk before or for input, lets another take its place: there is one more than
+// Cores.
+//
+// Whatever is odd (malformed data, a checksum that is wrong, chunks that inflate to more than 16 MiB on average,
 // blocks that cannot be found, as stored ones, the end of the file) ends the crew's work at the start
 // of the chunk, and one core goes on from there; after some MiB without trouble it hires again. So
 // data, checkpoints and errors are those of one core. At most Cores+3 chunks are held.

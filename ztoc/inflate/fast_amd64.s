@@ -4,6 +4,8 @@
 #define OUTPUT decoder_out
 #define SCALE(r)
 #define UNSCALE(r)
+#define ATONCE 32
+#define MORE
 
 // LITERAL writes the one or two literals of the entry and looks up the next.
 #define LITERAL \
@@ -25,6 +27,8 @@ TEXT ·fastBMI2(SB), NOSPLIT, $0-40
 #undef OUTPUT
 #undef SCALE
 #undef UNSCALE
+#undef ATONCE
+#undef MORE
 #undef LITERAL
 #undef REFILL
 #undef LENGTH
@@ -32,6 +36,12 @@ TEXT ·fastBMI2(SB), NOSPLIT, $0-40
 #define OUTPUT decoder_wide
 #define SCALE(r) ADDQ r, r
 #define UNSCALE(r) SHRQ $1, r
+#define ATONCE 64
+#define MORE \
+	MOVOU 32(DX), X0; \
+	MOVOU X0, 32(DI); \
+	MOVOU 48(DX), X1; \
+	MOVOU X1, 48(DI);
 
 // LITERAL is as above, with 16 bits for each literal.
 #define LITERAL \

@@ -1,5 +1,6 @@
 // The body of fastBMI2 and fastWideBMI2, which define OUTPUT, the output's field in decoder, SCALE and
-// UNSCALE, from elements of it to bytes and back, and LITERAL, which writes an entry's literals.
+// UNSCALE, from elements of it to bytes and back, LITERAL, which writes an entry's literals, and ATONCE, how many
+// bytes are copied for any match, of which MORE copies those behind the first 32.
 //
 // Registers:
 //
@@ -116,12 +117,13 @@ haveDistance:
 	MOVOU X0, (DI)
 	MOVOU 16(DX), X1
 	MOVOU X1, 16(DI)
-	CMPL  R12, $32
+	MORE
+	CMPL  R12, $ATONCE
 	JHI   long
 	ADDQ  R12, DI
 	JMP   loop
 
-	// A match of more than 32 bytes from at least 16 bytes back.
+	// A match of more than ATONCE bytes from at least 16 bytes back.
 long:
 	ADDQ R12, DI
 	NEGQ R12

@@ -68,7 +68,7 @@ func (z *Reader) hire() {
 		z.hireAt = math.MaxInt64
 		return
 	}
-	s.crew.start(z.o.Cores)
+	s.crew.start()
 	s.dispatch()
 }
 
@@ -207,7 +207,7 @@ func (z *Reader) handOut() bool {
 	p := c.pieces[0]
 	c.pieces = c.pieces[1:]
 	if s.last != nil {
-		pieces.Put(s.last)
+		s.crew.free(s.last)
 	}
 	s.last = p
 	z.zero = s.first + s.done - windowSize
@@ -239,7 +239,7 @@ func (z *Reader) leave(bit int64, before *window, p phase) {
 	z.shift = nil
 	s.crew.end()
 	for c := s.head; c != nil; c = c.next {
-		c.free()
+		s.crew.freeAll(c)
 	}
 	out := z.zero + int64(d.wp)
 	d.restart(z.out[:], outSize)
@@ -248,7 +248,7 @@ func (z *Reader) leave(bit int64, before *window, p phase) {
 	z.rp, z.sp = d.wp, d.wp
 	z.zero = out - windowSize
 	if s.last != nil {
-		pieces.Put(s.last)
+		s.crew.free(s.last)
 	}
 	z.phase = p
 	z.base = bit >> 3

@@ -35,7 +35,7 @@ type Options struct {
 	OnCheckpoint func(c Checkpoint, window []byte) error
 
 	// Cores is how many cores may inflate at once, 0 meaning 1. With more, and a file of some MiB, data
-	// and checkpoints are the same; up to Cores+3 MiB of input are read ahead and a few times as much is
+	// and checkpoints are the same; up to Cores+3 chunks of 2 MiB of input are read ahead and a few times as much is
 	// held, and Close must be called unless the Reader is read to its end.
 	Cores int
 }

@@ -36,11 +36,11 @@ func (w *worker) inflate(c *chunk) {
 	w.c = c
 	c.ok = (w.speculate() || w.knowing()) && w.settle()
 	if w.cur != nil {
-		pieces.Put(w.cur)
+		w.crew.free(w.cur)
 		w.cur = nil
 	}
 	if !c.ok {
-		c.free()
+		w.crew.freeAll(c)
 	}
 }
 
@@ -107,9 +107,9 @@ func (w *worker) settle() bool {
 func (w *worker) begin(bit int64) bool {
 	c := w.c
 	w.crew.tell(c, -1)
-	c.free()
+	w.crew.freeAll(c)
 	if w.cur != nil {
-		pieces.Put(w.cur)
+		w.crew.free(w.cur)
 		w.cur = nil
 	}
 	c.marks, c.ends, c.ended = c.marks[:0], c.ends[:0], false
@@ -249,7 +249,7 @@ func (w *worker) bytes() bool {
 		if d.end = d.wp + stepSize; d.end <= windowSize+pieceSize {
 			continue
 		}
-		if len(w.c.pieces)+w.nwide/pieceSize >= maxPieces {
+		if w.crew.pieces.Load() >= w.crew.most {
 			return false
 		}
 		n := d.wp - windowSize
@@ -263,9 +263,9 @@ func (w *worker) bytes() bool {
 
 // newPiece makes cur a piece behind this window, and the output.
 func (w *worker) newPiece(front *[windowSize]byte) {
-	w.cur = pieces.Get().(*piece)
+	w.cur = w.crew.newPiece()
 	copy(w.cur.buf[:], front[:])
-	w.cur.crc, w.sp = 0, windowSize
+	w.sp = windowSize
 	d := &w.d
 	d.out, d.wp, d.end = w.cur.buf[:], windowSize, windowSize+stepSize
 }
@@ -286,8 +286,8 @@ func (w *worker) resolveWide() bool {
 	w.to.set(&c.window)
 	var done []*piece
 	for at := 0; at < w.nwide; at += pieceSize {
-		p := pieces.Get().(*piece)
-		p.n, p.crc = min(pieceSize, w.nwide-at), 0
+		p := w.crew.newPiece()
+		p.n = min(pieceSize, w.nwide-at)
 		if at == 0 {
 			copy(p.buf[:], c.window.b[:])
 		} else {
