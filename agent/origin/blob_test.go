@@ -251,6 +251,25 @@ func TestIgnoredRangesAreRemembered(t *testing.T) {
 }
 
 // F24: one connection that trickles while the registry is healthy costs a window, not the whole time.
+// A registry that never finishes a manifest is given up after the patience, whether it cuts or trickles.
+func TestManifestNeverEnds(t *testing.T) {
+	for name, fault := range map[string]registry.Action{"cut": registry.CutAfter(10), "trickle": registry.Trickle(20)} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, registry.Options{})
+			w.Inject(registry.Match{Kind: registry.Manifest}, 0, fault)
+			o := quick()
+			o.ResolveWait = time.Second
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			_, err := openRepo(t, newClient(t, o), w.Addr+"/test:one").Resolve(ctx, "linux/amd64")
+			if !errors.Is(err, ErrUnreachable) || ctx.Err() != nil {
+				t.Errorf("got %v, want ErrUnreachable before a minute is over", err)
+			}
+		})
+	}
+}
+
 func TestTrickleIsLeft(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, registry.Options{})

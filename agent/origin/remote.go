@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/muster-hpc/muster/ztoc"
 )
@@ -46,7 +47,9 @@ func (r *remote) document(ctx context.Context, c *call, check func(http.Header, 
 		if err != nil {
 			return nil, nil, err
 		}
+		tooLong := time.AfterFunc(p.max, func() { a.Body.Close() }) // a trickle never ends otherwise
 		b, err := a.read(MaxDocument)
+		tooLong.Stop()
 		f := (*refusal)(nil)
 		switch {
 		case ctx.Err() != nil:
@@ -74,6 +77,9 @@ func (r *remote) document(ctx context.Context, c *call, check func(http.Header, 
 			continue
 		}
 		p.tries++
+		if time.Since(p.since) > p.max {
+			return nil, nil, r.exhausted(c, f, p, 0)
+		}
 		if err := sleep(ctx, jitter(p.tries-1)); err != nil {
 			return nil, nil, err
 		}

@@ -176,7 +176,11 @@ func TestRemovalStopsTraffic(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		go io.Copy(io.Discard, f) //nolint:errcheck // it is interrupted
+		read := make(chan struct{})
+		go func() {
+			io.Copy(io.Discard, f) //nolint:errcheck // any end is the end
+			close(read)
+		}()
 		eventually(t, "bytes come", func() bool { return p.Bytes(blobs(bigLayer(1).Digest)) > 50_000 })
 		cmd := exec.Command("cat", dir+"/data/1")
 		if err := cmd.Start(); err != nil {
@@ -185,6 +189,7 @@ func TestRemovalStopsTraffic(t *testing.T) {
 		cmd.Process.Kill() //nolint:errcheck // waited for
 		cmd.Wait()         //nolint:errcheck // it was killed
 		p.SetRate(0)
+		<-read // a read under way keeps the mount busy
 		f.Close()
 		p.SetRate(300_000)
 		h.must("umount", dir)

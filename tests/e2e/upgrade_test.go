@@ -93,22 +93,19 @@ func TestUpgradeMounts(t *testing.T) {
 					cmd.Path = program
 					return h.finish(cmd)
 				}
-				served := func() (programs []string) {
-					for _, pid := range processesWith(h.store) {
-						if strings.HasPrefix(commandLine(pid), "muster-mountd ") {
-							exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
-							programs = append(programs, exe)
-						}
-					}
-					return programs
+				// The old parent has answered before it ends.
+				served := func(program string) {
+					t.Helper()
+					eventually(t, "two processes of "+program+" serve", func() bool {
+						s := serving(h)
+						return len(s) == 2 && s[0] == program && s[1] == program
+					})
 				}
 				for _, program := range []string{backward, binary, backward} {
 					if r := upgrade(program, dir); r.code != 0 {
 						t.Errorf("upgrade: exit code %d: %s", r.code, r.stderr)
 					}
-					if s := served(); len(s) != 2 || s[0] != program || s[1] != program {
-						t.Errorf("served by %q, not %s", s, program)
-					}
+					served(program)
 				}
 				if after := h.walk(dir); fmt.Sprint(after) != fmt.Sprint(before) {
 					t.Error("the tree looks otherwise")
@@ -118,13 +115,22 @@ func TestUpgradeMounts(t *testing.T) {
 					t.Errorf("upgrade to a muster of another version of tables: exit code %d", r.code)
 				}
 				plainMessage(t, r.stderr, dir, "refused", "table", "1", "2", "served as before")
-				if s := served(); len(s) != 2 || s[0] != backward || s[1] != backward {
-					t.Errorf("served by %q, not %s", s, backward)
-				}
+				served(backward)
 				close(stop)
 				wg.Wait()
 				h.must("umount", dir)
 			})
 		}
 	}
+}
+
+// serving is the programs of the processes that serve h's mounts.
+func serving(h *host) (programs []string) {
+	for _, pid := range processesWith(h.store) {
+		if strings.HasPrefix(commandLine(pid), "muster-mountd ") {
+			exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+			programs = append(programs, exe)
+		}
+	}
+	return programs
 }
