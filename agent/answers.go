@@ -93,6 +93,9 @@ func (a *Agent) answerSpec(ctx context.Context, from string, b []byte) ([]byte, 
 		return nil, err
 	}
 	if err := j.thaw(ctx); err != nil {
+		if b := a.final(err); b != nil && ctx.Err() == nil {
+			return b, nil
+		}
 		return nil, err
 	}
 	return j.encoded, nil

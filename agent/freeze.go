@@ -1,12 +1,14 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/muster-hpc/muster/agent/control"
@@ -46,11 +48,58 @@ func (j *job) freeze(ctx context.Context) error {
 		}
 		j.a.log.Warn("a resolver is passed over", "job", j.id, "host", name, "cause", err)
 	}
-	return fmt.Errorf("image %s: %w", asked.Image, errors.Join(errs...))
+	err := errors.Join(errs...)
+	if strings.HasPrefix(err.Error(), asked.Image) { // what an origin says begins with it
+		return fmt.Errorf("image %w", err)
+	}
+	return fmt.Errorf("image %s: %w", asked.Image, err)
 }
 
 // errSaid marks what a resolver has found out about an image, as against a resolver that could not be asked.
 var errSaid = errors.New("the resolver says")
+
+// finalMark begins an answer to specQuestion that is no JobSpec: what the origin has said of the image, in the words and with the exit code
+// that every host of the job is to give.
+const finalMark = "final "
+
+// final is such an answer, or nil when asking again, or asking others, might help.
+func (a *Agent) final(err error) []byte {
+	e := &control.Error{Text: err.Error(), Code: a.o.ExitCode(err)}
+	var told *control.Error
+	var said *origin.Error
+	switch {
+	case errors.As(err, &told):
+		e = told
+	case errors.As(err, &said):
+		e.Text = said.Error()
+	}
+	if !slices.Contains(finalCodes, e.Code) {
+		return nil
+	}
+	b, err := json.Marshal(e)
+	if err != nil {
+		return nil
+	}
+	return append([]byte(finalMark), b...)
+}
+
+// finalCodes are the exit codes of what only people can put right: a wrong name, no such image, not authorised, not supported.
+var finalCodes = []int{2, 3, 4, 9}
+
+func finalOf(b []byte) *control.Error {
+	text, ok := bytes.CutPrefix(b, []byte(finalMark))
+	var e control.Error
+	if !ok || json.Unmarshal(text, &e) != nil {
+		return nil
+	}
+	return &e
+}
+
+// A saidError is what another resolver was told; it is errSaid.
+type saidError struct{ what *control.Error }
+
+func (s *saidError) Error() string   { return s.what.Text }
+func (s *saidError) Unwrap() []error { return []error{errSaid, s.what} }
 
 // specFrom gets the JobSpec from one resolver, or from whoever offers it meanwhile.
 func (j *job) specFrom(ctx context.Context, asked order, name string) (encoded []byte, content map[ztoc.Digest][]byte, err error) {
@@ -76,6 +125,9 @@ func (j *job) specFrom(ctx context.Context, asked order, name string) (encoded [
 	answered := make(chan answer, 1)
 	go func() {
 		b, err := peer.Ask(asking, j.a.client, asked.Hosts[i], specQuestion, q)
+		if final := finalOf(b); err == nil && final != nil {
+			err = &saidError{final}
+		}
 		answered <- answer{b, err}
 	}()
 	select {

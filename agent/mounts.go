@@ -81,7 +81,7 @@ func (j *job) mountImage(ctx context.Context, img origin.Image) error {
 	}
 	m, err := mountd.Start(ctx, mountd.Options{Dir: dir, Request: request, Log: j.a.o.MountConf.Log})
 	if err != nil {
-		j.a.removeMountDir(dir)
+		RemoveMountDir(dir)
 		var told *mountd.Error
 		if errors.As(err, &told) {
 			return &control.Error{Text: fmt.Sprintf("mount %s: %s", o.Image, told.Text), Code: told.Code}
@@ -134,7 +134,8 @@ func makeMountDir(dir string, o order, config []byte) error {
 	return nil
 }
 
-func (a *Agent) removeMountDir(dir string) {
+// RemoveMountDir removes what makeMountDir made, once nothing is mounted there.
+func RemoveMountDir(dir string) {
 	_ = os.Remove(dir)
 	_ = os.Remove(filepath.Join(filepath.Dir(dir), configName))
 	_ = os.Remove(filepath.Dir(dir))
@@ -142,7 +143,7 @@ func (a *Agent) removeMountDir(dir string) {
 
 // unmount takes a job's mount away. busy says that somebody was inside.
 func (a *Agent) unmount(ctx context.Context, dir string) (busy bool, err error) {
-	defer a.removeMountDir(dir)
+	defer RemoveMountDir(dir)
 	if _, err := lazyfs.Mounted(dir); err != nil {
 		return false, nil
 	}

@@ -67,7 +67,7 @@ func (a *Agent) restore() {
 		}
 		if _, err := lazyfs.Mounted(r.Mount); err != nil || r.Mount != a.mountDir(r.ID) {
 			a.log.Info("a job's mount is gone", "job", r.ID, "mount", r.Mount)
-			a.removeMountDir(a.mountDir(r.ID))
+			RemoveMountDir(a.mountDir(r.ID))
 			_ = os.Remove(n)
 			continue
 		}

@@ -113,8 +113,22 @@ const (
 	codeUsage        = 2
 	codeNoImage      = 3
 	codeUnauthorized = 4
+	codeUnreachable  = 5
+	codeIntegrity    = 6
+	codeNoSpace      = 7
+	codeNoAgent      = 8
 	codeUnsupported  = 9
 )
+
+// next is what the owner of a job can do about a failure with an exit code.
+var next = map[int]string{
+	codeNoImage:      "check name and tag",
+	codeUnauthorized: "log in with 'docker login' or 'podman login' and submit again, or ask who owns the image",
+	codeUnreachable:  "try again later; when it stays, ask whether the node reaches the registry",
+	codeIntegrity:    "try again; when it stays, the registry serves damaged data",
+	codeNoSpace:      "ask for room in the node's store of images",
+	codeNoAgent:      "ask for muster's agent to be started on the node ('muster doctor' there says more)",
+}
 
 // Judge makes a verdict of an outcome.
 func Judge(j Job, o Outcome, p Policy) Verdict {
@@ -140,8 +154,8 @@ func Judge(j Job, o Outcome, p Policy) Verdict {
 // maxMessage bounds what is put into a scheduler's records, bytes.
 const maxMessage = 600
 
-// Message is what the job's owner reads: the image, the node, the cause, the next step. It is one line of printable ASCII.
-func Message(j Job, o Outcome, next string) string {
+// Message is what the job's owner reads: the image, the cause, the node, the next step. It is one line of printable ASCII.
+func Message(j Job, o Outcome) string {
 	text := o.Text
 	if !strings.Contains(text, j.Image) {
 		text = "image " + j.Image + ": " + text
@@ -150,8 +164,8 @@ func Message(j Job, o Outcome, next string) string {
 	if j.Here != "" {
 		s += " (node " + j.Here + ")"
 	}
-	if next != "" {
-		s += "; try: " + next
+	if n := next[o.Code]; n != "" && !strings.Contains(text, n) {
+		s += "; " + n
 	}
 	return Printable(s, maxMessage)
 }

@@ -43,11 +43,11 @@ func TestJudge(t *testing.T) {
 
 func TestMessage(t *testing.T) {
 	j := jobhooks.Job{Image: "reg/app:1", Here: "n1"}
-	got := jobhooks.Message(j, jobhooks.Outcome{Text: "registry reg: 403 Forbidden: \x1b[31mno\nentry\x00 für\u202e you"}, "log in")
-	if want := "muster: image reg/app:1: registry reg: 403 Forbidden: ?[31mno entry? f?r? you (node n1); try: log in"; got != want {
+	got := jobhooks.Message(j, jobhooks.Outcome{Text: "registry reg: 403 Forbidden: \x1b[31mno\nentry\x00 für\u202e you", Code: 5})
+	if want := "muster: image reg/app:1: registry reg: 403 Forbidden: ?[31mno entry? f?r? you (node n1); try again later; when it stays, ask whether the node reaches the registry"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
-	long := jobhooks.Message(j, jobhooks.Outcome{Text: strings.Repeat("x", 5000)}, "")
+	long := jobhooks.Message(j, jobhooks.Outcome{Text: strings.Repeat("x", 5000)})
 	if len(long) > 600 {
 		t.Errorf("%d bytes", len(long))
 	}

@@ -245,16 +245,6 @@ func homeOf(ctx context.Context, uid uint32) (string, bool) {
 	return f[5], true
 }
 
-// nextFor is the advice for an exit code.
-func nextFor(code int) string {
-	for _, e := range exitCodes {
-		if e.code == code {
-			return e.next
-		}
-	}
-	return ""
-}
-
 // say leaves a line in the hook's own output, which schedulers keep when a hook fails, and some always.
 func (a *app) say(format string, args ...any) {
 	fmt.Fprintf(a.err, "muster: "+format+"\n", args...)

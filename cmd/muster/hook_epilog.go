@@ -6,6 +6,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/muster-hpc/muster/agent"
 	"github.com/muster-hpc/muster/agent/control"
 	"github.com/muster-hpc/muster/jobhooks"
 	"github.com/muster-hpc/muster/jobhooks/slurm"
@@ -57,6 +58,7 @@ func (a *app) releaseJob(ctx context.Context, j jobhooks.Job) {
 				a.say("job %s: %v", j.ID, err)
 				return // the note stays for who comes after
 			}
+			agent.RemoveMountDir(n.Rootfs)
 		}
 	}
 	a.removeNote(j.Stage())

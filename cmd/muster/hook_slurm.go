@@ -61,7 +61,7 @@ func (a *app) slurmProlog(ctx context.Context) error {
 	v := jobhooks.Judge(j, o, jobhooks.Policy{Retries: a.cfg.Hooks.Retries, NodeCannot: cannotMount()})
 	message := ""
 	if o.Code != 0 {
-		message = jobhooks.Message(j, o, nextFor(o.Code))
+		message = jobhooks.Message(j, o)
 	}
 	note.Rootfs, note.Error, note.Code = o.Mount, message, o.Code
 	if err := a.writeNote(j, note); err != nil {
@@ -164,7 +164,7 @@ func (a *app) slurmPrologCtld(ctx context.Context) error {
 	if !errors.Is(err, jobhooks.ErrImage) {
 		return nil
 	}
-	message := jobhooks.Message(j, jobhooks.Outcome{Text: err.Error()}, "")
+	message := jobhooks.Message(j, jobhooks.Outcome{Text: err.Error()})
 	a.say("job %s: %s", j.ID, message)
 	return a.tellSlurm(ctx, j, jobhooks.Hold, message)
 }

@@ -60,13 +60,22 @@ func (a *app) slurmStep(ctx context.Context) error {
 // stepTree is where the step's image is mounted: by the job's prolog, or now, when the prolog has left it on its way or the step has an image
 // of its own.
 func (a *app) stepTree(ctx context.Context, say func(string)) (string, error) {
-	id, node, image := os.Getenv("SLURM_JOB_ID"), os.Getenv("SLURMD_NODENAME"), os.Getenv(slurm.VarImage)
+	id, image := os.Getenv("SLURM_JOB_ID"), os.Getenv(slurm.VarImage)
 	if err := jobhooks.CheckImage(image, parsesAsReference); err != nil {
 		return "", err
 	}
 	if _, err := strconv.ParseUint(id, 10, 32); err != nil {
 		return "", fmt.Errorf("%w: SLURM_JOB_ID is %.40q", jobhooks.ErrEnvironment, id)
 	}
+	hosts, err := hostlist.Expand(os.Getenv("MUSTER_HOSTS"))
+	if err != nil {
+		return "", err
+	}
+	number, err := strconv.Atoi(os.Getenv("SLURM_NODEID"))
+	if err != nil || number < 0 || number >= len(hosts) {
+		return "", fmt.Errorf("%w: SLURM_NODEID is %.40q of %d nodes", jobhooks.ErrEnvironment, os.Getenv("SLURM_NODEID"), len(hosts))
+	}
+	node := hosts[number]
 	n, err := readNote(a.notePath("slurm-"+id) + userNote)
 	if err != nil {
 		return "", fmt.Errorf("image %s: what the prolog has left cannot be read: %w", image, err)
@@ -79,10 +88,6 @@ func (a *app) stepTree(ctx context.Context, say func(string)) (string, error) {
 			return "", fmt.Errorf("image %s: its mount %s on node %s is gone: %w", image, n.Rootfs, node, err)
 		}
 		return n.Rootfs, nil
-	}
-	hosts, err := hostlist.Expand(os.Getenv("MUSTER_HOSTS"))
-	if err != nil {
-		return "", err
 	}
 	ready, err := control.ParseReady(os.Getenv(slurm.VarReady))
 	if err != nil {
@@ -107,7 +112,7 @@ func (a *app) stepTree(ctx context.Context, say func(string)) (string, error) {
 		}
 	})
 	if o.Code != 0 {
-		return "", errors.New(strings.TrimPrefix(jobhooks.Message(j, o, nextFor(o.Code)), "muster: "))
+		return "", errors.New(strings.TrimPrefix(jobhooks.Message(j, o), "muster: "))
 	}
 	if o.Mount == "" {
 		return "", fmt.Errorf("image %s: not mounted on node %s after %v", image, node, o.Took.Round(time.Second))

@@ -251,21 +251,21 @@ static char *pass(spank_t sp, const char *name, const char *value)
 
 int slurm_spank_user_init(spank_t sp, int ac, char **av)
 {
-	uint32_t job, step;
+	uint32_t job, step, node = 0;
 	int in[2], out[2], n = 0, status;
 	char *env[16], *conf = getenv("SLURM_CONF");
-	char number[24], hosts[4096] = "", node[256] = "", enters[320], cwd[PATH_MAX];
+	char number[24], order[24], hosts[4096] = "", enters[64], cwd[PATH_MAX];
 	pid_t pid;
 
 	if (!wanted || !here(sp, &job, &step))
 		return 0;
+	spank_get_item(sp, S_JOB_NODEID, &node); // of the names in the environment some are another node's
 	if (spank_getenv(sp, "SLURM_STEP_NODELIST", hosts, sizeof hosts) != ESPANK_SUCCESS)
 		spank_getenv(sp, "SLURM_NODELIST", hosts, sizeof hosts);
-	if (spank_getenv(sp, "SLURMD_NODENAME", node, sizeof node) != ESPANK_SUCCESS)
-		gethostname(node, sizeof node - 1);
 	if (spank_getenv(sp, "PWD", cwd, sizeof cwd) != ESPANK_SUCCESS)
 		cwd[0] = 0;
 	snprintf(number, sizeof number, "%u", job);
+	snprintf(order, sizeof order, "%u", node);
 	env[n++] = "PATH=/usr/local/bin:/usr/bin:/bin";
 	env[n++] = pass(sp, "HOME", NULL);
 	env[n++] = pass(sp, "MUSTER_IMAGE", image);
@@ -274,7 +274,7 @@ int slurm_spank_user_init(spank_t sp, int ac, char **av)
 	env[n++] = pass(sp, "MUSTER_HOSTS", hosts);
 	env[n++] = pass(sp, "MUSTER_WORKDIR", cwd);
 	env[n++] = pass(sp, "SLURM_JOB_ID", number);
-	env[n++] = pass(sp, "SLURMD_NODENAME", node);
+	env[n++] = pass(sp, "SLURM_NODEID", order);
 	env[n++] = pass(sp, "SLURM_CONF", conf ? conf : "");
 	env[n] = NULL;
 	for (int k = 0; k < n; k++)
@@ -301,7 +301,7 @@ int slurm_spank_user_init(spank_t sp, int ac, char **av)
 		free(env[k]);
 	if (user_ns < 0 || mount_ns < 0)
 		return -1;
-	snprintf(enters, sizeof enters, "%u.%u %s", job, step, node);
+	snprintf(enters, sizeof enters, "%u.%u.%u", job, step, node);
 	return spank_setenv(sp, "MUSTER_ENTERS", enters, 1) == ESPANK_SUCCESS ? 0 : -1;
 }
 

@@ -21,13 +21,15 @@ static const char *env(const char *name)
 
 int main(void)
 {
-	const char *image = env("MUSTER_STEP_IMAGE"), *job = env("SLURM_JOB_ID"), *step = env("SLURM_STEP_ID"), *node = env("SLURMD_NODENAME");
+	const char *image = env("MUSTER_STEP_IMAGE"), *job = env("SLURM_JOB_ID"), *step = env("SLURM_STEP_ID"), *node = env("SLURM_NODEID");
 	char enters[PATH_MAX], path[PATH_MAX], rootfs[PATH_MAX], *end;
 	ssize_t n;
 
 	if (*image && *step && strcmp(image, "none")) { // the batch script has no step, and stays on the host
-		if (snprintf(enters, sizeof enters, "%s.%s %s", job, step, node) >= (int)sizeof enters || strcmp(enters, env("MUSTER_ENTERS"))) {
-			fprintf(stderr, "muster: image %.200s: node %.100s has not entered it, its Slurm plug-in is missing or failed: the task is not run\n", image, node);
+		if (snprintf(enters, sizeof enters, "%s.%s.%s", job, step, node) >= (int)sizeof enters || strcmp(enters, env("MUSTER_ENTERS"))) {
+			// Slurm shows a TaskProlog's "print" lines only, before the task's own output.
+			printf("print muster: image %.200s: node %.100s has not entered it, its Slurm plug-in is missing or failed: the task is not run\n",
+				image, env("SLURMD_NODENAME"));
 			return 1;
 		}
 		printf("unset MUSTER_ENTERS\nexport MUSTER_JOB=slurm-%s\n", job);
