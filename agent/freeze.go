@@ -146,6 +146,7 @@ func (a *Agent) resolve(ctx context.Context, o order) (*planner.JobSpec, map[zto
 	}
 	found, err := image.Survey(ctx, image.Options{
 		Repo: repo, Store: a.o.Store, Platform: o.Platform, NoIndex: a.o.NoIndex, AskAlways: true, Log: a.log,
+		SpanSize: a.o.SpanSize, Tool: a.o.Tool,
 	})
 	said := false
 	if err == nil {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/muster-hpc/muster/agent/fetch"
+	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/peer"
 	"github.com/muster-hpc/muster/planner"
@@ -33,6 +34,11 @@ func (s source) Blob(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io.ReadC
 	}
 	if hosts := j.holdersOf(ctx, d); len(hosts) > 0 {
 		if body, err := j.fromHosts(ctx, d, r, hosts); err == nil {
+			return body, nil
+		}
+	}
+	if b := j.spec.Blobs[n]; b.Size < image.WholeBelow && b.Ztoc != "" { // the resolver has pulled it, most likely
+		if body, err := j.fromHosts(ctx, d, r, j.hostsNamed(planner.Resolver(j.id, j.a.resolvers(j.names()))[:1])); err == nil {
 			return body, nil
 		}
 	}

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/muster-hpc/muster/agent/image"
 	"github.com/muster-hpc/muster/peer"
 	"github.com/muster-hpc/muster/planner"
 	"github.com/muster-hpc/muster/ztoc"
@@ -126,7 +127,9 @@ const lookBehindFor = 200 * time.Millisecond
 // first are the parts of the runs that the program touches first.
 func (in *intake) first(runs []planner.Run) (first []planner.Run) {
 	j := in.j
-	if len(runs) == 0 || slices.ContainsFunc(j.spec.Blobs, func(b planner.Blob) bool { return b.Kind == planner.Layer && b.Ztoc == "" }) {
+	if len(runs) == 0 || slices.ContainsFunc(j.spec.Blobs, func(b planner.Blob) bool {
+		return b.Kind == planner.Layer && b.Ztoc == "" && b.Size >= image.WholeBelow
+	}) {
 		return nil // a first pull: everything is wanted from the beginning to the end
 	}
 	late := time.NewTimer(startWait)

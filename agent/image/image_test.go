@@ -204,7 +204,7 @@ func TestIndexBeside(t *testing.T) {
 		t.Errorf("mounting fetched %d of %d bytes", n, im.Resolved.Size())
 	}
 	for i, l := range lazy.Layers {
-		if l.Size >= wholeBelow && l.Mode != ModeIndex {
+		if l.Size >= WholeBelow && l.Mode != ModeIndex {
 			t.Errorf("layer %d of %d bytes is %s: %s", i, l.Size, l.Mode, l.Reason)
 		}
 	}

@@ -67,7 +67,7 @@ const sociSpan = 4 << 20
 // once more.
 func (im *Image) MakeIndex(ctx context.Context, o IndexOptions) (*Index, error) {
 	if o.MinLayer <= 0 {
-		o.MinLayer = wholeBelow
+		o.MinLayer = WholeBelow
 	}
 	if o.SOCISpan <= 0 {
 		o.SOCISpan = sociSpan

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 
 	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/agent/store"
@@ -26,8 +27,9 @@ type Surveyed struct {
 	Bytes   int64  // that came from the origin
 }
 
-// Survey does the first half of Open: it resolves the image and looks for views of its layers, and pulls nothing. Of Options it
-// heeds Repo, Store, Platform, NoIndex, Requests, OnFetch and Log.
+// Survey does the first half of Open: it resolves the image and looks for views of its layers. It pulls nothing, unless all that is missing are
+// the tables of layers below WholeBelow, which indexes leave out: with them the image can be mounted before it is there. Of Options it
+// heeds Repo, Store, Platform, SpanSize, Tool, NoIndex, Requests, OnFetch and Log.
 func Survey(ctx context.Context, opts Options) (*Surveyed, error) {
 	o := &opener{Options: opts, surveying: true}
 	if o.Log == nil {
@@ -48,7 +50,11 @@ func Survey(ctx context.Context, opts Options) (*Surveyed, error) {
 	if err != nil {
 		return nil, err
 	}
-	known := 0
+	if onlySmallMissing(views) {
+		if err := o.pullMissing(ctx, views); err != nil {
+			return nil, err
+		}
+	}
 	for i, v := range views {
 		var packed []byte
 		if v.ztoc != nil && v.ztoc.Blob == o.img.Layers[i].Digest {
@@ -56,13 +62,10 @@ func Survey(ctx context.Context, opts Options) (*Surveyed, error) {
 				packed, v.report.Reason = nil, err.Error()
 			}
 		}
-		if packed != nil {
-			known++
-		}
 		s.Tables = append(s.Tables, packed)
 		s.Reasons = append(s.Reasons, v.report.Reason)
 	}
-	if known == len(views) { // the name of a profile depends on the views
+	if !slices.ContainsFunc(views, func(v *view) bool { return v.ztoc == nil }) { // the name of a profile depends on the views
 		key := startKey(o.img, views)
 		o.fetchProfile(ctx, o.index, key)
 		s.Profile = (&Image{o: o, startKey: key}).keptProfile()
@@ -70,6 +73,26 @@ func Survey(ctx context.Context, opts Options) (*Surveyed, error) {
 	s.Bytes = o.documents + o.chain.Stats().OriginBytes
 	return s, nil
 }
+
+// onlySmallMissing reports whether some layers have a table, and those without are below WholeBelow, and few bytes altogether.
+func onlySmallMissing(views []*view) bool {
+	if !slices.ContainsFunc(views, func(v *view) bool { return v.ztoc != nil }) {
+		return false
+	}
+	var bytes int64
+	for _, v := range views {
+		if v.ztoc == nil {
+			if v.report.Size >= WholeBelow {
+				return false
+			}
+			bytes += v.report.Size
+		}
+	}
+	return bytes <= maxSurveyed
+}
+
+// maxSurveyed bounds what Survey pulls: beyond, the hosts of a job that build tables do it in less time than one alone.
+const maxSurveyed = 4 * WholeBelow
 
 // EncodeImage writes a resolved image so that DecodeImage of another host reads it.
 func EncodeImage(img origin.Image) ([]byte, error) { return json.Marshal(img) }

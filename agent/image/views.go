@@ -59,9 +59,9 @@ func (v *view) id() string {
 // blob is what spans of v are fetched from: the layer itself, or the blob derived from it.
 func (v *view) blob() ztoc.BlobRef { return ztoc.BlobRef{Digest: v.ztoc.Blob, Size: v.ztoc.BlobSize} }
 
-// wholeBelow is the size under which a layer is fetched whole instead of being looked for in an
+// WholeBelow is the size under which a layer is fetched whole instead of being looked for in an
 // index: a round trip costs more than its bytes.
-const wholeBelow = 4 << 20
+const WholeBelow = 4 << 20
 
 // findViews gives each layer the cheapest view there is without fetching the layer. Layers without
 // one keep a nil ztoc and the reason.
@@ -94,7 +94,7 @@ func (o *opener) findViews(ctx context.Context) ([]*view, error) {
 			z, bytes, mode, reason := o.findView(ctx, l, index)
 			if z == nil {
 				v.report.Reason = reason
-				if l.Size < wholeBelow && ctx.Err() == nil && !o.surveying {
+				if l.Size < WholeBelow && ctx.Err() == nil && !o.surveying {
 					// Fetched whole in any case: beside the tables of the others, not after them.
 					o.Progress.expect(l.Digest, l.Size)
 					return o.pull(ctx, l, v, 1)
@@ -157,7 +157,7 @@ func (o *opener) findView(ctx context.Context, l origin.Descriptor, index func()
 	if !errors.Is(err, errNoTOC) {
 		reason = fmt.Sprintf("its own table of contents cannot be used: %v; ", err)
 	}
-	if l.Size < wholeBelow {
+	if l.Size < WholeBelow {
 		return nil, 0, "", reason + "small layers are fetched whole"
 	}
 	ix, why := index()
@@ -280,7 +280,7 @@ func (o *opener) keepZtoc(layer ztoc.Digest, z *ztoc.Ztoc) *ztoc.Ztoc {
 func requireLazy(ref string, views []*view) error {
 	var why []string
 	for _, v := range views {
-		if v.ztoc == nil && v.report.Size >= wholeBelow {
+		if v.ztoc == nil && v.report.Size >= WholeBelow {
 			why = append(why, fmt.Sprintf("%.19s (%.1f MB): %s", v.report.Digest, float64(v.report.Size)/1e6, v.report.Reason))
 		}
 	}
