@@ -2,13 +2,16 @@ package agent_test
 
 import (
 	"bytes"
+	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/muster-hpc/muster/agent"
 	"github.com/muster-hpc/muster/agent/control"
+	"github.com/muster-hpc/muster/ztoc"
 )
 
 // A host whose disk has rotted passes wrong bytes on. Everybody ends with right ones, and little leaves the origin again.
@@ -96,6 +99,82 @@ func TestHostDiesInTheMiddle(t *testing.T) {
 	}
 	if r != nil && r.Failed > 1 {
 		t.Errorf("%d hosts failed", r.Failed)
+	}
+}
+
+// A mount says that bytes are wrong. Nobody is blamed who has right ones: neither when the mount errs, nor when this host's disk does.
+func TestBlame(t *testing.T) {
+	w := newWorld(t, 6<<20)
+	nodes := w.swarm(2, func(_ int, o *agent.Options) { o.Seed = func(h string) bool { return h == "n0" } })
+	w.stage(nodes[0], 2, nil)
+	rot := func(n *node, off int64) {
+		t.Helper()
+		names, err := filepath.Glob(filepath.Join(n.store.Dir(), "blobs", w.layers[0].Digest.Hex()+"*"))
+		if err != nil || len(names) != 1 {
+			t.Fatal(names, err)
+		}
+		f, err := os.OpenFile(names[0], os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.WriteAt([]byte("rot"), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	complain := func(off int64) (late []control.LatePeer) {
+		t.Helper()
+		job := func() control.JobStatus {
+			s, err := nodes[1].client.Status(t.Context(), control.StatusRequest{})
+			if err != nil || len(s.Jobs) != 1 {
+				t.Fatal(s.Jobs, err)
+			}
+			return s.Jobs[0]
+		}
+		id := agent.OrderID(job().Job, w.image)
+		q := control.ReadRequest{Job: id, Image: w.image, Blob: w.layers[0], Range: ztoc.Range{Start: off, End: off + 4096}, Wrong: "a test says so"}
+		if err := nodes[1].client.Reject(t.Context(), q); err != nil {
+			t.Fatal(err)
+		}
+		q.Wrong = ""
+		b, err := nodes[1].client.Read(t.Context(), q)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer b.Close()
+		if _, err := io.Copy(io.Discard, b); err != nil {
+			t.Fatal(err)
+		}
+		return job().State.Late
+	}
+	if late := complain(1 << 20); len(late) > 0 {
+		t.Errorf("right bytes: %v", late)
+	}
+	rot(nodes[1], 1<<20)
+	if late := complain(1 << 20); len(late) > 0 {
+		t.Errorf("this disk: %v", late)
+	}
+	w.verify(nodes[1])
+	rot(nodes[0], 2<<20)
+	rot(nodes[1], 2<<20)
+	if late := complain(2 << 20); len(late) != 1 || late[0].Host != "n0" {
+		t.Errorf("the other's disk: %v", late)
+	}
+}
+
+// A host that is gone for good is given up as soon as the others are done.
+func TestHostIsGone(t *testing.T) {
+	w := newWorld(t, 8<<20, 4<<20)
+	w.proxy.SetRate(6 << 20)
+	nodes := w.swarm(4, nil)
+	cut := time.AfterFunc(500*time.Millisecond, func() { w.net.Cut("n2") })
+	defer cut.Stop()
+	r := w.stage(nodes[0], 4, nil)
+	if r.Failed != 1 || !strings.Contains(r.Hosts[2].Error, "no answer for") || strings.Contains(r.Hosts[2].Error, "15s") {
+		t.Errorf("%+v", r.Hosts)
+	}
+	for _, n := range []*node{nodes[0], nodes[1], nodes[3]} {
+		w.verify(n)
 	}
 }
 

@@ -33,7 +33,9 @@ func (a *Agent) Stage(ctx context.Context, c control.Caller, q control.StageRequ
 	if q.Here {
 		watched = slices.DeleteFunc(slices.Clone(o.Hosts), func(h peer.Host) bool { return h.Name != a.o.Name })
 	}
-	g := &gathering{a: a, o: o, began: began, hosts: watched, states: make([]control.HostState, len(watched)), fresh: make(chan struct{}, 1)}
+	g := &gathering{
+		a: a, o: o, began: began, hosts: watched, states: make([]control.HostState, len(watched)), silent: make([]bool, len(watched)), fresh: make(chan struct{}, 1),
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var wg sync.WaitGroup
@@ -135,6 +137,7 @@ type gathering struct {
 
 	mu      sync.Mutex
 	states  []control.HostState
+	silent  []bool // the host did not answer the last question
 	changed map[int]bool
 	digest  string
 	plan    string
@@ -175,19 +178,22 @@ func (g *gathering) follow(ctx context.Context, i int) {
 		fail(fmt.Errorf("host %s: %w", h.Name, err))
 		return
 	}
-	version, silent := -1, time.Now()
+	version, silent, gone := -1, time.Now(), false
 	for {
 		var r stateAnswer
 		if here {
 			r, err = g.a.stateOf(ctx, stateAsk{id, version, g.every()})
 		} else {
-			r, err = peer.Ask(ctx, g.a.client, h, stateQuestion, stateAsk{id, version, g.every()})
+			ask, cancel := context.WithTimeout(ctx, g.every()+answerWait)
+			r, err = peer.Ask(ask, g.a.client, h, stateQuestion, stateAsk{id, version, g.every()})
+			gone = ask.Err() == nil
+			cancel()
 		}
 		switch {
 		case ctx.Err() != nil:
 			return
-		case err != nil && time.Since(silent) > hostSilence:
-			fail(fmt.Errorf("host %s: no answer for %v: %w", h.Name, hostSilence, err))
+		case err != nil && g.over(i, time.Since(silent), gone):
+			fail(fmt.Errorf("host %s: no answer for %v: %w", h.Name, time.Since(silent).Round(time.Second), err))
 			return
 		case errors.Is(err, peer.ErrNotHere) && !here: // its agent was started again in the middle
 			if err := g.beginAt(ctx, h); err != nil {
@@ -206,6 +212,9 @@ func (g *gathering) follow(ctx context.Context, i int) {
 			continue
 		}
 		silent, version = time.Now(), r.Version
+		g.mu.Lock()
+		g.silent[i] = false
+		g.mu.Unlock()
 		r.State.Host = h.Name
 		g.set(i, r.State, r.Digest, r.Plan)
 		if r.State.Done() {
@@ -219,11 +228,27 @@ func (g *gathering) every() time.Duration {
 	return min(max(stateEvery, time.Duration(len(g.hosts))*3*time.Millisecond), 5*time.Second)
 }
 
-// How long a host may be silent: until it has taken the order, and after that.
+// How long a host may be silent: until it has taken the order, after that, and when only silent hosts are left to wait for. The last one is how
+// much a host that dies costs the others at most; an agent that is being started again has about that time.
 const (
 	hostAbsent  = 30 * time.Second
 	hostSilence = 15 * time.Second
+	lastSilence = 1500 * time.Millisecond
+	answerWait  = 2 * time.Second // of one question; a host that takes longer may be busy, and gets a second one
 )
+
+// over reports whether a host that has been silent for so long is given up. gone says that nobody listens there, as against one who does not answer.
+func (g *gathering) over(i int, silent time.Duration, gone bool) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.silent[i] = true
+	for k, s := range g.states {
+		if !s.Done() && !g.silent[k] {
+			return silent > hostSilence
+		}
+	}
+	return silent > lastSilence && (gone || silent > 2*answerWait)
+}
 
 // beginAt has another host begin, asking again while it cannot be reached.
 func (g *gathering) beginAt(ctx context.Context, h peer.Host) error {

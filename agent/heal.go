@@ -126,6 +126,62 @@ func (j *job) wrongPieces(ctx context.Context, n int) ([]planner.Piece, error) {
 	return bad, nil
 }
 
+// wrongIn are the spans of a layer that r touches and that do not match its table. judged is false when there is no table, or not all of them are
+// here.
+func (j *job) wrongIn(n int, r ztoc.Range) (bad []badSpan, judged bool) {
+	z, err := ztoc.Unpack(image.KeptTable(j.a.o.Store, origin.Descriptor{Digest: j.spec.Blobs[n].Digest, Size: j.spec.Blobs[n].Size}))
+	if err != nil {
+		return nil, false
+	}
+	for i := range z.NumSpans() {
+		s := z.Span(i)
+		if s.Blob.Start >= r.End || s.Blob.End <= r.Start {
+			continue
+		}
+		in := make([]byte, s.Blob.Len())
+		if j.blobs[n].blob.ReadAt(in, s.Blob.Start) != nil {
+			return nil, false
+		}
+		judged = true
+		if !spanMatches(z, i, in) {
+			bad = append(bad, badSpan{z, i})
+		}
+	}
+	return bad, judged
+}
+
+// A badSpan is a span of a table that does not match its bytes here.
+type badSpan struct {
+	z *ztoc.Ztoc
+	i int
+}
+
+// guilty are the hosts that brought bytes of wrong spans, and have wrong ones there now. Who cannot be asked is not guilty.
+func (j *job) guilty(ctx context.Context, n int, bad []badSpan) (hosts []int) {
+	for _, b := range bad {
+		r := b.z.Span(b.i).Blob
+		for x := j.plan.PieceAt(n, r.Start); x <= j.plan.PieceAt(n, r.End-1); x++ {
+			host := j.broughtBy(x)
+			if host < 0 || slices.Contains(hosts, host) {
+				continue
+			}
+			p := make([]byte, r.Len())
+			ask, cancel := context.WithTimeout(ctx, j.a.o.Ask)
+			err := j.a.client.Read(ask, j.hostAt(host), j.hello(ztoc.Demand), j.spec.Blobs[n].Digest, p, r.Start)
+			cancel()
+			if err == nil && !spanMatches(b.z, b.i, p) {
+				hosts = append(hosts, host)
+			}
+		}
+	}
+	return hosts
+}
+
+// spanMatches reports whether bytes are those of a table's span.
+func spanMatches(z *ztoc.Ztoc, i int, in []byte) bool {
+	return z.Inflate(make([]byte, z.Span(i).Out.Len()), i, in) == nil
+}
+
 // wrongSpans are the pieces in which spans of the table do not match.
 func (j *job) wrongSpans(n int, packed []byte) []planner.Piece {
 	z, err := ztoc.Unpack(packed)
@@ -135,8 +191,8 @@ func (j *job) wrongSpans(n int, packed []byte) []planner.Piece {
 	found := map[planner.Piece]bool{}
 	for i := range z.NumSpans() {
 		s := z.Span(i)
-		in, out := make([]byte, s.Blob.Len()), make([]byte, s.Out.Len())
-		if j.blobs[n].blob.ReadAt(in, s.Blob.Start) == nil && z.Inflate(out, i, in) == nil {
+		in := make([]byte, s.Blob.Len())
+		if j.blobs[n].blob.ReadAt(in, s.Blob.Start) == nil && spanMatches(z, i, in) {
 			continue
 		}
 		for x := j.plan.PieceAt(n, s.Blob.Start); x <= j.plan.PieceAt(n, max(s.Blob.Start, s.Blob.End-1)); x++ {

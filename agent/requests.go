@@ -70,7 +70,7 @@ func (a *Agent) Read(ctx context.Context, c control.Caller, q control.ReadReques
 		return &control.Error{Text: fmt.Sprintf("blob %s %v is not of job %s", q.Blob.Digest, q.Range, q.Job), Code: 1}
 	}
 	if q.Wrong != "" {
-		return j.wrong(n, q.Range, q.Wrong)
+		return j.wrong(ctx, n, q.Range, q.Wrong)
 	}
 	buf := make([]byte, min(readStep, q.Range.Len()))
 	for off := q.Range.Start; off < q.Range.End; {
@@ -151,16 +151,23 @@ func (a *Agent) answerBring(ctx context.Context, from string, q bringAsk) (struc
 	return struct{}{}, j.chain.Ensure(ctx, b.BlobRef, q.Range, ztoc.Demand)
 }
 
-// wrong drops bytes that a reader found to be wrong, and does not ask again who brought them.
-func (j *job) wrong(n int, r ztoc.Range, cause string) error {
+// wrong looks at bytes that a reader says are wrong. If they are, they are dropped, and who brought them is not asked again if he gives wrong ones
+// once more: what is wrong may as well be this host's disk, or the mount that says so. Bytes that cannot be judged are dropped, and nobody is
+// blamed.
+func (j *job) wrong(ctx context.Context, n int, r ztoc.Range, cause string) error {
 	if r.Empty() {
 		return nil
 	}
+	bad, judged := j.wrongIn(n, r)
+	if judged && len(bad) == 0 {
+		j.a.log.Warn("a mount says that bytes are wrong, and they are not", "job", j.id, "layer", j.spec.Blobs[n].Digest, "range", r, "cause", cause)
+		return nil
+	}
+	for _, host := range j.guilty(ctx, n, bad) {
+		j.passOver(host, "sent wrong bytes", 0)
+		j.a.audit("wrong-bytes", "job", j.id, "layer", j.spec.Blobs[n].Digest, "source", j.spec.Hosts[host].Name, "cause", cause)
+	}
 	for x := j.plan.PieceAt(n, r.Start); x <= j.plan.PieceAt(n, r.End-1); x++ {
-		if host := j.broughtBy(x); host >= 0 {
-			j.passOver(host, "sent wrong bytes", 0)
-			j.a.audit("wrong-bytes", "job", j.id, "layer", j.spec.Blobs[n].Digest, "source", j.spec.Hosts[host].Name, "cause", cause)
-		}
 		j.setBrought(x, originHost)
 	}
 	return j.chain.Reject(j.spec.Blobs[n].BlobRef, r, errors.New(cause))

@@ -29,11 +29,11 @@ func (c *Chain) Reject(ref ztoc.BlobRef, r ztoc.Range, cause error) error {
 	if err != nil {
 		return err
 	}
+	if o, ok := c.o.Origin.(Rejecter); ok {
+		o.Reject(ref.Digest, r, cause) // before they are dropped: an agent looks at them in the store
+	}
 	if st := b.kept.get(); st != nil {
 		st.Drop(r)
-	}
-	if o, ok := c.o.Origin.(Rejecter); ok {
-		o.Reject(ref.Digest, r, cause)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
