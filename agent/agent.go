@@ -292,17 +292,22 @@ func (a *Agent) begin(o order) (*job, error) {
 	defer a.mu.Unlock()
 	id := o.id()
 	if j := a.jobs[id]; j != nil {
-		if s, _, _ := j.status(); s.Phase != control.PhaseFailed {
+		s, _, _ := j.status()
+		over := false
+		select {
+		case <-j.over:
+			over = true
+		default:
+		}
+		switch {
+		case s.Phase == control.PhaseFailed && !over:
+			return j, nil
+		case s.Phase != control.PhaseFailed && (!over || readyLevel[s.Ready] >= readyLevel[o.Ready]):
 			j.adopt(o)
 			return j, nil
 		}
-		select {
-		case <-j.over: // it failed: another try
-			a.forget(j)
-			a.jobsWG.Go(j.release)
-		default:
-			return j, nil
-		}
+		a.forget(j) // it failed, or ended before it was what is wanted now: another try
+		a.jobsWG.Go(j.release)
 	}
 	if a.draining || a.ctx.Err() != nil {
 		return nil, fmt.Errorf("host %s: %w", a.o.Name, errStopped)

@@ -6,7 +6,7 @@ import (
 )
 
 // Vouch gives a spec a grant that somebody signs.
-func Vouch(c *peer.Client, spec *planner.JobSpec) error { return vouch(c, spec) }
+func Vouch(c *peer.Client, spec *planner.JobSpec) error { return vouch(c, spec, false) }
 
 // Shown is a spec's grant as one of its hosts shows it.
 func Shown(spec *planner.JobSpec, host int) []byte { return shown(spec, host) }

@@ -167,9 +167,20 @@ func TestHostIsGone(t *testing.T) {
 	w := newWorld(t, 8<<20, 4<<20)
 	w.proxy.SetRate(6 << 20)
 	nodes := w.swarm(4, nil)
-	cut := time.AfterFunc(500*time.Millisecond, func() { w.net.Cut("n2") })
-	defer cut.Stop()
+	cut := make(chan struct{})
+	go func() {
+		defer close(cut)
+		for t.Context().Err() == nil {
+			s, err := nodes[2].client.Status(t.Context(), control.StatusRequest{})
+			if err == nil && len(s.Jobs) == 1 && s.Jobs[0].State.Bytes.Peer+s.Jobs[0].State.Bytes.Origin > 0 {
+				w.net.Cut("n2")
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}()
 	r := w.stage(nodes[0], 4, nil)
+	<-cut
 	if r.Failed != 1 || !strings.Contains(r.Hosts[2].Error, "no answer for") || strings.Contains(r.Hosts[2].Error, "15s") {
 		t.Errorf("%+v", r.Hosts)
 	}

@@ -166,7 +166,7 @@ func (a *Agent) resolve(ctx context.Context, o order) (*planner.JobSpec, map[zto
 		spec.Hosts = append(spec.Hosts, planner.Host{Name: h.Name, Addr: h.Addr, Seed: a.o.Seed(h.Name), Group: a.o.Group(h.Name)})
 	}
 	if said {
-		if err := vouch(a.client, spec); err != nil {
+		if err := vouch(a.client, spec, len(o.Secret) == 0); err != nil {
 			a.log.Warn("other hosts are not told that the origin accepts the user", "job", o.Job, "cause", err)
 		}
 	}
@@ -184,9 +184,6 @@ func (a *Agent) mayHave(o order, found *image.Surveyed) (said bool, err error) {
 		key := user
 		if len(o.Secret) == 0 {
 			key = anybody
-			for _, l := range found.Image.Layers {
-				a.nowOpen(l.Digest)
-			}
 		}
 		if err := a.o.Store.Put(store.KindRef, key, func(w io.Writer) error { _, err := io.WriteString(w, "yes"); return err }); err != nil {
 			a.log.Debug("a verdict is not kept", "cause", err)
@@ -256,7 +253,7 @@ func (j *job) use(encoded []byte, content map[ztoc.Digest][]byte) error {
 	}
 	j.spec, j.encoded, j.plan, j.me, j.blobs = spec, encoded, plan, me, blobs
 	j.fromStore.Store(present)
-	j.accept(present == 0)
+	j.accept(content)
 	j.chain = fetch.New(fetch.Options{
 		Store:    fetch.StoreFunc(func(ref ztoc.BlobRef) (fetch.Blob, error) { return j.a.fetchBlob(ref) }),
 		Origin:   source{j},

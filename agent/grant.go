@@ -5,15 +5,13 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"slices"
+	"math/rand/v2"
 	"strconv"
+	"sync/atomic"
 	"time"
 
-	"github.com/muster-hpc/muster/agent/origin"
 	"github.com/muster-hpc/muster/agent/store"
 	"github.com/muster-hpc/muster/peer"
 	"github.com/muster-hpc/muster/planner"
@@ -23,14 +21,17 @@ import (
 // Who may have bytes of this host's store. A certificate of the cluster is not enough: images may be private, and a store has those of many
 // users. A blob goes to another host when one of these is true:
 //
-//  1. The origin gives it to anybody: it gave it, or the manifest it is of, to this host without credentials, less than openFor ago.
+//  1. It is open: it was brought by a job whose resolver said that the origin gives it to anybody, to this host that had nothing of it before, so
+//     that those who say so had the bytes themselves; or the origin has given some of it to this host without credentials, and the same bytes. That
+//     holds for openFor.
 //  2. A host other than the asker has signed that the origin accepted the user of a job (the grant), and the grant names the asker and the
 //     blob. The job's resolver signs it, and it stands in the JobSpec, so that one PlanID means one verdict.
-//  3. This host stages the same job, and either it had nothing of the job's layers before, and no other job here has, so that nobody learns by this
-//     job what its own hosts did not bring; or the origin accepts the job's credentials when this host itself shows them.
+//  3. This host stages the same job, and either had nothing of the blob before, nor does another job here want it, so that what it passes on is what
+//     the job's own hosts have brought; or the origin gives this host some of it for the job's credentials, and the same bytes.
 //
 // Nobody vouches for himself: a resolver that asks a host outside its job for a private blob is refused, and takes it from the origin. Two hosts
-// that lie together are believed, as would be a user's stolen credentials.
+// that lie together are believed, as would be a user's stolen credentials. What the origin says is held against bytes that are here, because the
+// origin is whom a job names.
 const (
 	openFor    = 24 * time.Hour // a blob that anybody could have is open for so long
 	grantFor   = 24 * time.Hour
@@ -40,14 +41,16 @@ const (
 // A grant is what a resolver signs: the origin accepted the user for whom this JobSpec was made.
 //
 //	0   version 1
-//	1   expires, unix seconds  8 bytes
-//	9   hash of the JobSpec without its grant  32 bytes
-//	41  root of the hash tree over the names of its hosts  32 bytes
-//	73  the first 12 bytes of the digest of each of its layers
+//	1   1: the origin gives it to anybody
+//	2   expires, unix seconds  8 bytes
+//	10  hash of the JobSpec without its grant  32 bytes
+//	42  root of the hash tree over the names of its hosts  32 bytes
+//	74  the first 12 bytes of the digest of each of its layers
 //
 // It is told from its signature by a length of 2 bytes before it. What a host shows to others (peer.Hello.Grant) is the length of all that in 2
 // bytes, that, and the path from the host's name to the root.
 type grant struct {
+	public  bool
 	expires time.Time
 	spec    [sha256.Size]byte
 	hosts   [sha256.Size]byte
@@ -56,17 +59,21 @@ type grant struct {
 
 const (
 	grantVersion = 1
-	grantHead    = 73
+	grantHead    = 74
 	shortDigest  = 12
 	// maxGranted bounds a grant and its signature, so that the path of one of 65,536 hosts fits behind it.
 	maxGranted = peer.MaxGrant - 2 - 17*(1+sha256.Size)
 )
 
 // vouch gives a JobSpec its grant: the host that signs has seen the origin accept the user.
-func vouch(c *peer.Client, spec *planner.JobSpec) error {
+func vouch(c *peer.Client, spec *planner.JobSpec, public bool) error {
 	spec.Access = nil
 	hash, hosts := spec.ID(), nameTree(spec)
-	b := append([]byte{grantVersion}, binary.BigEndian.AppendUint64(nil, uint64(time.Now().Add(grantFor).Unix()))...)
+	b := []byte{grantVersion, 0}
+	if public {
+		b[1] = 1
+	}
+	b = append(b, binary.BigEndian.AppendUint64(nil, uint64(time.Now().Add(grantFor).Unix()))...)
 	b = append(append(b, hash[:]...), hosts[len(hosts)-1][0][:]...)
 	for _, l := range spec.Blobs {
 		if l.Kind == planner.Layer && len(b) < maxGranted-1024 { // the rest, of an image with 200 layers, comes from the job's hosts only
@@ -105,9 +112,9 @@ func (a *Agent) voucher(access []byte) (string, *grant, error) {
 	if err != nil {
 		return "", nil, err
 	}
-	g := &grant{expires: time.Unix(int64(binary.BigEndian.Uint64(b[1:])), 0), layers: bytes.Clone(b[grantHead:])}
-	copy(g.spec[:], b[9:])
-	copy(g.hosts[:], b[41:])
+	g := &grant{public: b[1] == 1, expires: time.Unix(int64(binary.BigEndian.Uint64(b[2:])), 0), layers: bytes.Clone(b[grantHead:])}
+	copy(g.spec[:], b[10:])
+	copy(g.hosts[:], b[42:])
 	return name, g, nil
 }
 
@@ -181,41 +188,63 @@ func (j *job) hello(pri ztoc.Priority) peer.Hello {
 	return peer.Hello{Plan: j.plan.ID().String(), Rank: j.me, Priority: pri, Grant: j.shown}
 }
 
-// accept looks at the grant of the job's spec; the job is not known to others yet.
-func (j *job) accept(fresh bool) {
+// accept looks at the grant of the job's spec, and at what was here before it; the job is not known to others yet.
+func (j *job) accept(content map[ztoc.Digest][]byte) {
 	j.shown = shown(j.spec, j.me)
 	name, g, err := j.a.voucher(j.spec.Access)
 	bare := *j.spec
 	bare.Access = nil
 	if err == nil && g.spec == bare.ID() && time.Now().Before(g.expires.Add(grantSlack)) {
-		j.voucher = name
+		j.voucher, j.public = name, g.public
 	}
-	// Of two jobs that share a layer neither knows whose bytes it passes on: a job that waits for nothing could reap what another brings.
+	j.fresh = make([]atomic.Bool, len(j.blobs))
+	for n, h := range j.blobs {
+		// What this host has made for the job it may pass on to the job's hosts.
+		j.fresh[n].Store(content[h.ref.Digest] != nil || h.blob.Present() == 0)
+	}
+	// Of two jobs that want a blob neither knows whose bytes it passes on: a job that waits for nothing could reap what another brings.
 	j.a.mu.Lock()
 	defer j.a.mu.Unlock()
 	for _, o := range j.a.plans {
-		if o != j && o.shares(j) {
-			o.fresh.Store(false)
-			fresh = false
+		for n, b := range j.spec.Blobs {
+			if m := o.number(b.Digest); o != j && m >= 0 {
+				o.fresh[m].Store(false)
+				j.fresh[n].Store(false)
+			}
 		}
 	}
-	j.fresh.Store(fresh)
 }
 
-// shares reports whether two jobs have a layer in common.
-func (j *job) shares(o *job) bool {
-	return slices.ContainsFunc(j.layers(), func(n int) bool { return o.number(j.spec.Blobs[n].Digest) >= 0 })
+// ownBytes reports whether all layers were brought by this job.
+func (j *job) ownBytes() bool {
+	for _, n := range j.layers() {
+		if !j.fresh[n].Load() && !j.accepted.Load() {
+			return false
+		}
+	}
+	return true
+}
+
+// opens notes which blobs are open now: the job has brought them, and they are proven.
+func (j *job) opens() {
+	for n, b := range j.spec.Blobs {
+		if j.public && j.fresh[n].Load() {
+			j.a.nowOpen(b.Digest)
+		}
+	}
 }
 
 // mayTake decides whether another host may have a blob. j is the job of the plan that it named, nil when there is none here.
 func (a *Agent) mayTake(ctx context.Context, from peer.Asker, j *job, d ztoc.Digest) error {
-	if j != nil && j.knows(d) && (j.fresh.Load() || j.accepted.Load() || j.voucher != "" && j.voucher != from.Name) {
-		return nil
+	if j != nil {
+		if n := j.subject(d); n >= 0 {
+			vouched := j.accepted.Load() || j.voucher != "" && j.voucher != from.Name
+			if vouched || j.fresh[n].Load() || a.isOpen(j.spec.Blobs[n].Digest) || j.proves(ctx, n) {
+				return nil
+			}
+		}
 	}
 	if a.isOpen(d) {
-		return nil
-	}
-	if j != nil && j.knows(d) && j.ownVerdict(ctx) {
 		return nil
 	}
 	if err := a.granted(from, d); err != nil {
@@ -260,101 +289,110 @@ func (a *Agent) refuse(from peer.Asker, d ztoc.Digest, why error) {
 	a.audit("bytes-refused", "to", from.Name, "blob", d, "cause", why.Error())
 }
 
-// knows reports whether a blob is one of the job: of its plan, or a table made for it.
-func (j *job) knows(d ztoc.Digest) bool {
-	if j.number(d) >= 0 {
-		return true
+// subject is the number of the plan's blob that a blob is, or that it is the table of; -1: it is none of this job's.
+func (j *job) subject(d ztoc.Digest) int {
+	if n := j.number(d); n >= 0 {
+		return n
 	}
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return slices.ContainsFunc(j.extra, func(h *held) bool { return h.ref.Digest == d })
+	n := -1
+	j.tables.Range(func(layer, t any) bool {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		if t.(*tableState).ref.Digest == d {
+			n = j.number(layer.(ztoc.Digest))
+		}
+		return n < 0
+	})
+	return n
 }
 
-// errNotAccepted says that the origin does not give a job what its plan speaks of.
-var errNotAccepted = errors.New("the origin does not accept the job's user")
+// A proof is the origin's answer to a job's credentials about one blob.
+type proof struct {
+	done chan struct{} // closed when the rest is set
+	ok   bool
+	at   time.Time
+}
 
-// ownVerdict asks the origin, as the job's user, for the manifest that the job is about: once, and again when the origin could not say.
-func (j *job) ownVerdict(ctx context.Context) bool {
+// proofFor is how long the origin is not asked again after it has said no, or could not be asked.
+const proofFor = 10 * time.Second
+
+// proves reports whether the origin gives the job's user some bytes of a layer, and the same as are here.
+func (j *job) proves(ctx context.Context, n int) bool {
+	if j.spec.Blobs[n].Kind != planner.Layer {
+		return false
+	}
 	j.mu.Lock()
-	v := j.verdict
-	if v == nil || v.over() && v.again {
-		v = &verdict{done: make(chan struct{})}
-		j.verdict = v
-		j.notes.Go(func() { v.reach(j) })
+	p := j.proofs[n]
+	if p == nil || !p.ok && !p.at.IsZero() && time.Since(p.at) > proofFor {
+		p = &proof{done: make(chan struct{})}
+		if j.proofs == nil {
+			j.proofs = map[int]*proof{}
+		}
+		j.proofs[n] = p
+		j.notes.Go(func() {
+			err := j.challenge(n)
+			if err != nil {
+				j.a.log.Info("the origin does not show that the job's user may have a layer", "job", j.id, "layer", j.spec.Blobs[n].Digest, "cause", err)
+			}
+			j.mu.Lock()
+			p.ok, p.at = err == nil, time.Now()
+			j.mu.Unlock()
+			close(p.done)
+		})
 	}
 	j.mu.Unlock()
 	select {
-	case <-v.done:
-		return v.err == nil
+	case <-p.done:
+		return p.ok
 	case <-ctx.Done():
 		return false
 	}
 }
 
-// A verdict is an answer of the origin about a job's user.
-type verdict struct {
-	done  chan struct{} // closed when the rest is set
-	err   error         // nil: accepted
-	again bool          // the origin could not be asked
-}
+// proofBytes is how many bytes of a layer are compared.
+const proofBytes = 256
 
-func (v *verdict) over() bool {
-	select {
-	case <-v.done:
-		return true
-	default:
-		return false
-	}
-}
-
-func (v *verdict) reach(j *job) {
-	defer close(v.done)
+// challenge asks the origin for some bytes of a layer that are here.
+func (j *job) challenge(n int) error {
 	ctx, cancel := context.WithTimeout(j.ctx, j.a.o.Ask)
 	defer cancel()
-	repo, err := j.repository()
-	if err == nil {
-		var m origin.Manifest
-		if m, err = repo.Manifest(ctx, string(j.spec.Manifest)); err == nil {
-			err = j.isOf(m)
+	h := j.blobs[n]
+	r := ztoc.Range{End: min(proofBytes, h.ref.Size)}
+	for try := range 100 {
+		if off := rand.Int64N(max(1, h.ref.Size-proofBytes+1)); try < 99 {
+			r = ztoc.Range{Start: off, End: min(off+proofBytes, h.ref.Size)}
+		}
+		if h.has(r) {
+			break
 		}
 	}
-	if v.err = err; err != nil {
-		v.again = !errors.Is(err, origin.ErrUnauthorized) && !errors.Is(err, origin.ErrNotFound) && !errors.Is(err, errNotAccepted)
-		j.a.log.Info("the origin does not say that the job's user may have the image", "job", j.id, "cause", err)
-		return
-	}
-	if len(j.asked().Secret) == 0 {
-		for _, n := range j.layers() {
-			j.a.nowOpen(j.spec.Blobs[n].Digest)
-		}
-	}
-}
-
-// isOf reports whether the plan speaks of that manifest's layers and no others.
-func (j *job) isOf(m origin.Manifest) error {
-	var list struct {
-		Layers []struct {
-			Digest ztoc.Digest `json:"digest"`
-		} `json:"layers"`
-	}
-	if err := json.Unmarshal(m.Body, &list); err != nil {
+	ours, theirs := make([]byte, r.Len()), make([]byte, r.Len())
+	if err := h.blob.ReadAt(ours, r.Start); err != nil {
 		return err
 	}
-	for _, n := range j.layers() {
-		d := j.spec.Blobs[n].Digest
-		if !slices.ContainsFunc(list.Layers, func(l struct {
-			Digest ztoc.Digest `json:"digest"`
-		},
-		) bool {
-			return l.Digest == d
-		}) {
-			return fmt.Errorf("%w: layer %s is not of manifest %s", errNotAccepted, d, j.spec.Manifest)
-		}
+	repo, err := j.repository()
+	if err != nil {
+		return err
+	}
+	j.originRequests.Add(1)
+	body, err := repo.Blob(ctx, h.ref.Digest, r)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if _, err := io.ReadFull(body, theirs); err != nil {
+		return err
+	}
+	if !bytes.Equal(ours, theirs) {
+		return fmt.Errorf("layer %s %v: %w", h.ref.Digest, r, ztoc.ErrMismatch)
+	}
+	if len(j.asked().Secret) == 0 {
+		j.a.nowOpen(h.ref.Digest)
 	}
 	return nil
 }
 
-// nowOpen notes that the origin gives a blob to anybody. It holds for openFor, a restart included.
+// nowOpen notes that anybody may have a blob. It holds for openFor, a restart included.
 func (a *Agent) nowOpen(d ztoc.Digest) {
 	now := time.Now()
 	if last, ok := a.open.Load(d); ok && now.Sub(last.(time.Time)) < openFor/2 {
@@ -370,7 +408,7 @@ func (a *Agent) nowOpen(d ztoc.Digest) {
 	}
 }
 
-// isOpen reports whether the origin gave a blob to anybody lately.
+// isOpen reports whether anybody may have a blob.
 func (a *Agent) isOpen(d ztoc.Digest) bool {
 	last, ok := a.open.Load(d)
 	if !ok {

@@ -63,10 +63,12 @@ type job struct {
 	plan    *planner.Plan
 	me      int // this host in the spec
 	chain   *fetch.Chain
-	blobs   []*held // by number in the spec
-	failed  error   // freezing failed
-	shown   []byte  // the grant, as this host shows it
-	voucher string  // who signed it; empty: nobody whom this host believes
+	blobs   []*held       // by number in the spec
+	failed  error         // freezing failed
+	shown   []byte        // the grant, as this host shows it
+	voucher string        // who signed it; empty: nobody whom this host believes
+	public  bool          // he says that the origin gives the image to anybody
+	fresh   []atomic.Bool // by blob: what is here of it was brought by this job; may become false
 
 	started chan struct{}                // closed when start is set
 	start   map[ztoc.Digest][]ztoc.Range // what the program touches first; nil: nothing is known
@@ -76,8 +78,8 @@ type job struct {
 	originGone atomic.Bool // the origin was asked in vain, and has given nothing since
 	begunLate  atomic.Bool // others have brought this host's part, or some of it
 	gaveUp     atomic.Bool // nothing is promised to others any more
-	fresh      atomic.Bool // what is here of the layers was brought by this job
-	accepted   atomic.Bool // fresh before the agent was started again
+	taking     atomic.Bool // the pieces of the plan are being brought
+	accepted   atomic.Bool // its bytes were its own before the agent was started again
 
 	// Bytes and requests by source.
 	fromStore, fromPeer, fromOrigin, sent atomic.Int64
@@ -102,8 +104,8 @@ type job struct {
 	mu      sync.Mutex
 	order   order // see asked
 	repo    origin.Repository
-	verdict *verdict // see ownVerdict
-	extra   []*held  // blobs held open until the job ends
+	proofs  map[int]*proof // by blob; see proves
+	extra   []*held        // blobs held open until the job ends
 	state   control.HostState
 	version int                   // of state
 	changed chan struct{}         // closed and replaced with each version
@@ -127,12 +129,21 @@ func (a *Agent) newJob(id string, o order) *job {
 	return j
 }
 
-// adopt gives the job the order that it was begun without.
+// adopt gives the job the order that it was begun without, or has it be done later when the new order asks for more.
 func (j *job) adopt(o order) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	select {
 	case <-j.ordered:
+		if readyLevel[o.Ready] > readyLevel[j.order.Ready] { // asked for again, and for more
+			j.order.Ready = o.Ready
+			if j.state.Phase == control.PhaseDone && readyLevel[j.state.Ready] < readyLevel[o.Ready] {
+				j.state.Phase = "fetch"
+				j.version++
+				close(j.changed)
+				j.changed = make(chan struct{})
+			}
+		}
 	default:
 		j.order, j.repo = o, nil
 		close(j.ordered)

@@ -55,6 +55,10 @@ func TestMounts(t *testing.T) {
 	}
 	got := sums(t, r.Hosts[1].Mount)
 	w.proxy.SetRate(0)
+	// Asked for again, and for more than it was ready for, the same order is done when it is that.
+	if r := stage("second", control.Complete); r.Failed > 0 || r.Hosts[0].Ready != control.Complete || r.Hosts[1].Ready != control.Complete {
+		t.Errorf("asked for complete: %+v", r.Hosts)
+	}
 	for name, sum := range want {
 		if got[name] != sum {
 			t.Errorf("%s differs", name)

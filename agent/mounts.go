@@ -179,7 +179,7 @@ func BuildMount(ctx context.Context, r mountd.Request) (*mountd.Source, error) {
 	through := &throughAgent{client: c, ref: ref, job: q.Job}
 	img, err := image.Open(ctx, image.Options{
 		Repo: through, Store: st, Platform: q.Platform, Presentation: q.Presentation, Table: r.Table, Unclaimed: true,
-		Temporary: through.temporary, Patience: agentPatience, Log: slog.Default(),
+		Temporary: through.temporary, Patience: agentPatience, PatientPrefetch: true, Log: slog.Default(),
 	})
 	closeAll := func() error {
 		var err error
@@ -284,7 +284,7 @@ func (t *throughAgent) PushManifest(context.Context, string, []byte, string) (zt
 }
 
 func (t *throughAgent) Blob(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io.ReadCloser, error) {
-	return t.client.Read(ctx, control.ReadRequest{Job: t.job, Image: t.ref.String(), Blob: ztoc.BlobRef{Digest: d}, Range: r})
+	return t.client.Read(ctx, control.ReadRequest{Job: t.job, Image: t.ref.String(), Blob: ztoc.BlobRef{Digest: d}, Range: r, Ahead: fetch.Priority(ctx) == ztoc.Prefetch})
 }
 
 // Reject tells the agent that bytes did not match.

@@ -28,7 +28,7 @@ func (a *Agent) recordPath(id string) string {
 
 // remember writes a job's record. Without it the mount lives as well, but a restarted agent takes it for nobody's.
 func (a *Agent) remember(j *job) {
-	r := record{ID: j.id, Order: j.asked(), Spec: j.encoded, Mount: a.mountDir(j.id), Accepted: j.fresh.Load() || j.accepted.Load()}
+	r := record{ID: j.id, Order: j.asked(), Spec: j.encoded, Mount: a.mountDir(j.id), Accepted: j.ownBytes()}
 	r.Order.Secret = nil
 	b, err := json.Marshal(r)
 	if err == nil {

@@ -75,6 +75,9 @@ func (a *Agent) Read(ctx context.Context, c control.Caller, q control.ReadReques
 	buf := make([]byte, min(readStep, q.Range.Len()))
 	for off := q.Range.Start; off < q.Range.End; {
 		p := buf[:min(int64(len(buf)), q.Range.End-off)]
+		if q.Ahead {
+			j.awaitStage(ctx, n, ztoc.Range{Start: off, End: off + int64(len(p))})
+		}
 		if err := j.demand(ctx, n, p, off); err != nil {
 			return err
 		}
@@ -85,6 +88,22 @@ func (a *Agent) Read(ctx context.Context, c control.Caller, q control.ReadReques
 	}
 	return nil
 }
+
+// awaitStage waits for bytes as long as the stage is about to bring them: fetched for a mount that reads ahead they would cost requests of
+// their own, on every host.
+func (j *job) awaitStage(ctx context.Context, n int, r ztoc.Range) {
+	for began := time.Now(); j.taking.Load() && time.Since(began) < aheadPatience && ctx.Err() == nil; {
+		turn, cancel := context.WithTimeout(ctx, time.Second)
+		err := j.blobs[n].wait(turn, r)
+		cancel()
+		if err == nil {
+			return
+		}
+	}
+}
+
+// aheadPatience bounds awaitStage.
+const aheadPatience = time.Minute
 
 // readStep is how many bytes of a Read are in memory at once.
 const readStep = 256 << 10

@@ -70,9 +70,6 @@ func (s source) fromOrigin(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io
 	if err != nil {
 		return s.instead(ctx, d, r, err)
 	}
-	if len(j.asked().Secret) == 0 {
-		j.a.nowOpen(d)
-	}
 	return &counted{s: s, ctx: ctx, d: d, r: r, body: body}, nil
 }
 
@@ -202,6 +199,20 @@ func (j *job) others() (hosts []peer.Host) {
 		}
 	}
 	return append(hosts, late...)
+}
+
+// foremost are the n hosts that stand first in a tree's order, without this one: those that have its pieces first.
+func (j *job) foremost(tree, n int) (hosts []peer.Host) {
+	ranked := make([]int, len(j.spec.Hosts))
+	for i := range ranked {
+		ranked[j.plan.Rank(tree, i)] = i
+	}
+	for _, i := range ranked {
+		if i != j.me && len(hosts) < n {
+			hosts = append(hosts, j.hostAt(i))
+		}
+	}
+	return hosts
 }
 
 // hostsNamed are some of the job's hosts, without this one.

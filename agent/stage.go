@@ -45,6 +45,7 @@ func (j *job) stage(ctx context.Context) error {
 	if err := g.Wait(); err != nil {
 		return err
 	}
+	j.opens()
 	j.reached(control.Complete)
 	j.record()
 	j.a.haveNews()
@@ -109,15 +110,14 @@ func (j *job) fail(err error) {
 
 // reached notes a readiness. The order is done when it is the one that was asked for.
 func (j *job) reached(r control.Ready) {
-	level := map[control.Ready]int{control.Mounted: 1, control.Warm: 2, control.Complete: 3}
 	took, asked := time.Since(j.began), j.asked()
 	done := false
 	j.change(func(s *control.HostState) {
-		if level[r] > level[s.Ready] {
+		if readyLevel[r] > readyLevel[s.Ready] {
 			s.Ready = r
 		}
 		s.Phases = append(s.Phases, control.Phase{Name: control.PointReady + string(r), Start: took, End: took})
-		done = !s.Done() && level[s.Ready] >= level[asked.Ready]
+		done = !s.Done() && readyLevel[s.Ready] >= readyLevel[asked.Ready]
 	})
 	if !done {
 		return
@@ -139,6 +139,9 @@ func (j *job) reached(r control.Ready) {
 	j.record()
 	j.a.audit("stage", "job", j.id, "image", j.asked().Image, "digest", string(j.spec.Manifest), "uid", j.asked().UID, "ready", string(r), "seconds", took.Seconds())
 }
+
+// readyLevel orders what an order may ask for.
+var readyLevel = map[control.Ready]int{control.Mounted: 1, control.Warm: 2, control.Complete: 3}
 
 // meta waits for the resolved image, checks it, and has the store know it.
 func (j *job) meta(ctx context.Context) (origin.Image, error) {
@@ -178,6 +181,19 @@ func (j *job) findStart(ctx context.Context, img origin.Image) {
 		}
 	}
 	j.start, _ = image.StartRanges(j.a.o.Store, img)
+	var bytes, pieces int64
+	for d, ranges := range j.start {
+		n := j.number(d)
+		last := planner.Piece(-1)
+		for _, r := range ranges {
+			bytes += r.Len()
+			for x := max(j.plan.PieceAt(n, r.Start), last+1); x <= j.plan.PieceAt(n, r.End-1); x++ {
+				last = x
+				pieces++
+			}
+		}
+	}
+	j.a.log.Info("what the program touches first", "job", j.id, "bytes", bytes, "pieces", pieces, "of", j.plan.Pieces())
 }
 
 // warm waits for what the program will touch first. Where nothing is known of that, only all of the image is warm.

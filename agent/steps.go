@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -53,6 +54,8 @@ const runsAtOnce = 2
 
 // take brings everything. It returns when every piece is in the store.
 func (j *job) take(ctx context.Context) error {
+	j.taking.Store(true)
+	defer j.taking.Store(false)
 	taking, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	g, ctx := errgroup.WithContext(taking)
@@ -98,7 +101,27 @@ func (in *intake) runs() error {
 	if len(runs) > 0 {
 		in.lookBehind(runs[0])
 	}
-	return in.bringAll(append(in.first(runs), runs...))
+	if first := in.start(runs); first != nil {
+		began := time.Now()
+		if err := in.bringAll(first); err != nil {
+			return err
+		}
+		in.awaitStart(startWait + 2*time.Since(began))
+	}
+	return in.bringAll(runs)
+}
+
+// awaitStart leaves the links to those roots that still bring what the program touches first, until it is here, for a while.
+func (in *intake) awaitStart(limit time.Duration) {
+	ctx, cancel := context.WithTimeout(in.ctx, limit)
+	defer cancel()
+	for d, ranges := range in.j.start {
+		for _, r := range ranges {
+			if in.j.blobs[in.j.number(d)].wait(ctx, r) != nil {
+				return
+			}
+		}
+	}
 }
 
 // lookBehind finds out whether this host is a root that begins late: its deputies have taken its place then, and have what they have brought.
@@ -124,8 +147,8 @@ func (in *intake) lookBehind(r planner.Run) {
 // lookBehindFor bounds what lookBehind may cost, for each deputy.
 const lookBehindFor = 200 * time.Millisecond
 
-// first are the parts of the runs that the program touches first.
-func (in *intake) first(runs []planner.Run) (first []planner.Run) {
+// start are the parts of the runs that the program touches first.
+func (in *intake) start(runs []planner.Run) (first []planner.Run) {
 	j := in.j
 	if len(runs) == 0 || slices.ContainsFunc(j.spec.Blobs, func(b planner.Blob) bool {
 		return b.Kind == planner.Layer && b.Ztoc == "" && b.Size >= image.WholeBelow
@@ -146,7 +169,7 @@ func (in *intake) first(runs []planner.Run) (first []planner.Run) {
 			// Whole pieces: only those are passed on.
 			size := j.plan.PieceSize()
 			r = run.Range.Intersect(ztoc.Range{Start: r.Start / size * size, End: (r.End + size - 1) / size * size})
-			if n := len(first); !r.Empty() && n > 0 && first[n-1].Blob == run.Blob && first[n-1].Range.End >= r.Start {
+			if n := len(first); !r.Empty() && n > 0 && first[n-1].Blob == run.Blob && first[n-1].Range.End+startGap*size >= r.Start {
 				first[n-1].Range.End = max(first[n-1].Range.End, r.End)
 			} else if !r.Empty() {
 				first = append(first, planner.Run{Blob: run.Blob, Range: r})
@@ -155,6 +178,9 @@ func (in *intake) first(runs []planner.Run) (first []planner.Run) {
 	}
 	return first
 }
+
+// startGap is how many pieces nobody needs yet are fetched rather than ask for what lies on both sides of them in two requests.
+const startGap = 1
 
 // startWait is how long a root waits to learn what is wanted first: the tables are under way.
 const startWait = 2 * time.Second
@@ -211,6 +237,7 @@ func (in *intake) assign(t int) {
 		return
 	}
 	in.group.Go(func() error {
+		in.scrape(t)
 		for b, ranges := range in.missing(t) {
 			for _, r := range ranges {
 				if err := in.bring(in.ctx, b, r); err != nil {
@@ -220,6 +247,58 @@ func (in *intake) assign(t int) {
 		}
 		return nil
 	})
+}
+
+// scrape takes what the first hosts of a tree's order have of it, for a while. Whoever has passed over all that stand before it has most likely
+// erred: the tree's pieces are among the hosts, or will be. Its deputies do not wait: it is for them to fetch them.
+func (in *intake) scrape(t int) {
+	j := in.j
+	if j.plan.Root(t) == j.me || slices.Contains(j.plan.Deputies(t), j.me) {
+		return
+	}
+	hosts := j.foremost(t, scrapeHosts)
+	for try := range scrapeTries {
+		for b, ranges := range in.missing(t) {
+			for _, r := range ranges {
+				for r.Start < r.End {
+					piece := ztoc.Range{Start: r.Start, End: min(r.End, (r.Start/j.plan.PieceSize()+1)*j.plan.PieceSize())}
+					r.Start = piece.End
+					if err := j.takeFrom(in.ctx, b, piece, hosts); err != nil && in.ctx.Err() != nil {
+						return
+					}
+				}
+			}
+		}
+		if len(in.missing(t)) == 0 || try == scrapeTries-1 {
+			return
+		}
+		select {
+		case <-time.After(scrapeEvery):
+		case <-in.ctx.Done():
+			return
+		}
+	}
+}
+
+const (
+	scrapeHosts = 16
+	scrapeTries = 6
+	scrapeEvery = 500 * time.Millisecond
+)
+
+// takeFrom brings a range from the first of some hosts that has it now.
+func (j *job) takeFrom(ctx context.Context, blob int, r ztoc.Range, hosts []peer.Host) error {
+	b := j.spec.Blobs[blob].BlobRef
+	body, err := j.fromHosts(ctx, b.Digest, r, hosts)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	p := make([]byte, r.Len())
+	if _, err := io.ReadFull(body, p); err != nil {
+		return err
+	}
+	return j.chain.Give(b, p, r.Start)
 }
 
 // give adds a tree to the feed of a host, which is begun if need be.

@@ -218,6 +218,8 @@ type ReadRequest struct {
 	Image string       `json:"image"` // name@digest
 	Blob  ztoc.BlobRef `json:"blob"`
 	Range ztoc.Range   `json:"range"`
+	// Ahead says that nobody waits for the bytes yet: what the stage brings anyway is not fetched before its turn.
+	Ahead bool `json:"ahead,omitempty"`
 	// Wrong reports that Range of Blob did not match its digest, with the cause: drop it and fetch elsewhere from now on.
 	Wrong string `json:"wrong,omitempty"`
 }

@@ -60,6 +60,17 @@ type Origin interface {
 	Blob(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io.ReadCloser, error)
 }
 
+// priorityKey is where the context of Origin.Blob has the flight's priority.
+type priorityKey struct{}
+
+// Priority is that of the flight for which Origin.Blob was called.
+func Priority(ctx context.Context) ztoc.Priority {
+	if p, ok := ctx.Value(priorityKey{}).(ztoc.Priority); ok {
+		return p
+	}
+	return ztoc.Demand
+}
+
 // A Rejecter is an Origin that can go elsewhere (another mirror) after wrong bytes.
 type Rejecter interface {
 	Reject(d ztoc.Digest, r ztoc.Range, cause error)
@@ -99,6 +110,10 @@ type Options struct {
 	// of it arrives. Too short and slow registries are asked twice, too long and a stopped process holds up
 	// others. Default 10 s.
 	Yield time.Duration
+
+	// PatientPrefetch says that the origin may let a prefetch wait, for bytes that are on their way to it: a demand read does not join one of which
+	// nothing has come yet.
+	PatientPrefetch bool
 
 	// Temporary says whether an error of the origin may go away by itself. Nil: none does.
 	Temporary func(error) bool

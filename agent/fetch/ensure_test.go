@@ -1,7 +1,9 @@
 package fetch_test
 
 import (
+	"context"
 	"errors"
+	"io"
 	"testing"
 
 	"github.com/muster-hpc/muster/agent/fetch"
@@ -73,4 +75,37 @@ func TestGiveServesReaders(t *testing.T) {
 	if err := <-ensured; err != nil {
 		t.Error("ensure:", err)
 	}
+}
+
+// A patientOrigin lets prefetches wait until it is closed.
+type patientOrigin struct {
+	*fetchtest.Origin
+	closed chan struct{}
+	asked  chan struct{} // one for each prefetch that waits
+}
+
+func (o patientOrigin) Blob(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io.ReadCloser, error) {
+	if fetch.Priority(ctx) == ztoc.Prefetch {
+		o.asked <- struct{}{}
+		select {
+		case <-o.closed:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return o.Origin.Blob(ctx, d, r)
+}
+
+// Where prefetches may wait, nobody who needs the bytes now waits with them.
+func TestPatientPrefetch(t *testing.T) {
+	data := fetchtest.Content(7, 4*mib)
+	ref := fetchtest.Ref(data)
+	o := patientOrigin{fetchtest.NewOrigin(data), make(chan struct{}), make(chan struct{}, 10)}
+	c := newChain(t, fetch.Options{Origin: o, Store: fetchtest.NewStore(), PatientPrefetch: true})
+	c.Prefetch(t.Context(), ref, []ztoc.Range{{Start: mib, End: 3 * mib}})
+	<-o.asked
+	mustRead(t, c, data, ref, mib, mib+100_000)
+	mustRead(t, c, data, ref, 2*mib, 3*mib)
+	close(o.closed)
+	mustRead(t, c, data, ref, mib, 3*mib)
 }

@@ -193,6 +193,11 @@ func (f *flight) far(pos int64) bool {
 	return f.class != demand && (f.state == queued || pos-f.pos > demandAhead)
 }
 
+// waits reports whether nothing has come of a running prefetch.
+func (f *flight) waits() bool {
+	return f.class == prefetch && f.state == running && f.pos == f.start && f.end > f.pos
+}
+
 // at is the index of the first flight with a byte to come at or after pos.
 func (b *blob) at(pos int64) int {
 	return sort.Search(len(b.flights), func(i int) bool { return b.flights[i].end > pos })

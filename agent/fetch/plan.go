@@ -21,7 +21,7 @@ func (c *Chain) cover(b *blob, need ztoc.Range, cl class, o coverOptions) (launc
 		i := b.at(pos)
 		if i < len(b.flights) && b.flights[i].pos <= pos {
 			f := b.flights[i]
-			if cl == demand && f.far(pos) {
+			if cl == demand && (f.far(pos) || c.o.PatientPrefetch && f.waits()) {
 				c.carve(f, ztoc.Range{Start: pos, End: min(need.End, f.end)})
 				continue
 			}
@@ -188,7 +188,11 @@ func (c *Chain) pump() {
 			f.want.begun++
 		}
 		f.state = running
-		f.ctx, f.cancel = context.WithCancel(c.ctx)
+		pri := ztoc.Demand
+		if f.class == prefetch {
+			pri = ztoc.Prefetch
+		}
+		f.ctx, f.cancel = context.WithCancel(context.WithValue(c.ctx, priorityKey{}, pri))
 		c.running[f.class]++
 		c.stats.OriginRequests++
 		c.wg.Add(1)

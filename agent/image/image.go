@@ -49,10 +49,11 @@ type Options struct {
 	// Unclaimed leaves it to Repo to keep the processes of this host from fetching the same twice: it is the agent, which claims what it
 	// fetches itself.
 	Unclaimed bool
-	// Temporary and Patience are fetch.Options'.
-	Temporary func(error) bool
-	Patience  time.Duration
-	Log       *slog.Logger
+	// Temporary, Patience and PatientPrefetch are fetch.Options'.
+	Temporary       func(error) bool
+	Patience        time.Duration
+	PatientPrefetch bool
+	Log             *slog.Logger
 }
 
 // An Image is an opened image: everything a mount needs. Close it after the mount has ended.
@@ -158,6 +159,8 @@ func (o *opener) newChain(from fetch.Origin) *fetch.Chain {
 		Temporary: o.Temporary,
 		Patience:  o.Patience,
 		OnEvent:   o.OnFetch,
+
+		PatientPrefetch: o.PatientPrefetch,
 	})
 }
 

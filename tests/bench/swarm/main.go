@@ -18,6 +18,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"os"
@@ -96,6 +97,7 @@ type bench struct {
 	faultHosts int
 	lab        *lab.Lab
 	size       int64 // of the image's layers, bytes
+	indexSize  int64 // of the tables beside the indexed image that are fetched, bytes
 	squash     string
 	reason     string // why there is no squashfs row
 	values     map[string][]float64
@@ -206,13 +208,26 @@ func (b *bench) index(ctx context.Context, layout string) error {
 	store := filepath.Join(b.dir, "index-store")
 	defer os.RemoveAll(store)
 	ref := b.lab.Direct() + "/" + indexed + ":latest"
-	for _, args := range [][]string{append([]string{"run", ref}, start...), {"index", "push", ref}} {
+	for _, args := range [][]string{append([]string{"run", ref}, start...), {"index", "push", "--json", ref}} {
 		cmd := exec.CommandContext(ctx, b.binary, append([]string{"--store-dir", store, "--quiet", "--origin-plain-http", b.lab.Direct()}, args...)...)
 		out, err := cmd.CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("%v: %w: %s", args, err, out)
 		}
 		say("%s:\n%s", args[0], out)
+		if args[0] == "index" {
+			var x struct {
+				Layers []struct {
+					Packed int64 `json:"packedBytes"`
+				} `json:"layers"`
+			}
+			if err := json.Unmarshal(out, &x); err != nil {
+				return fmt.Errorf("%v: %w", args, err)
+			}
+			for _, l := range x.Layers {
+				b.indexSize += l.Packed
+			}
+		}
 	}
 	return nil
 }

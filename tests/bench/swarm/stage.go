@@ -183,7 +183,7 @@ func (b *bench) warm(ctx context.Context, n int) error {
 		return err
 	}
 	b.add(key(n, "complete after warm"), time.Since(began).Seconds())
-	b.origin(n, "warm and complete", b.size)
+	b.origin(n, "warm and complete", b.size+b.indexSize)
 	return b.check(m.Report)
 }
 
