@@ -11,6 +11,7 @@ import (
 
 	"github.com/muster-hpc/muster/agent"
 	"github.com/muster-hpc/muster/agent/control"
+	"github.com/muster-hpc/muster/planner"
 	"github.com/muster-hpc/muster/ztoc"
 )
 
@@ -99,6 +100,42 @@ func TestHostDiesInTheMiddle(t *testing.T) {
 	}
 	if r != nil && r.Failed > 1 {
 		t.Errorf("%d hosts failed", r.Failed)
+	}
+}
+
+// The host that has resolved the image goes as soon as another one follows its plan: what only it has made is made again.
+func TestResolverIsGone(t *testing.T) {
+	w := newWorld(t, 4<<20, 2<<20)
+	w.index() // so that it makes tables' blobs too
+	nodes := w.swarm(3, nil)
+	id := agent.OrderID("gone", w.image)
+	resolver := planner.Resolver(id, []string{"n0", "n1", "n2"})[0]
+	var asked *node
+	var others []*node
+	for _, n := range nodes {
+		if n.name != resolver {
+			asked, others = n, append(others, n)
+		}
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for t.Context().Err() == nil {
+			if s, err := asked.client.Status(t.Context(), control.StatusRequest{}); err == nil && len(s.Jobs) == 1 && s.Jobs[0].Plan != "" {
+				w.net.Cut(resolver)
+				return
+			}
+		}
+	}()
+	r := w.stage(asked, 3, func(q *control.StageRequest) { q.Job = "gone" })
+	<-done
+	for _, h := range r.Hosts {
+		if h.Host != resolver && h.Phase != control.PhaseDone {
+			t.Errorf("%+v", h)
+		}
+	}
+	for _, n := range others {
+		w.verify(n)
 	}
 }
 

@@ -99,7 +99,9 @@ type job struct {
 	notes   sync.WaitGroup              // of notes under way
 	closing sync.Once                   // of a prestage: ended when it is complete
 
-	healing sync.Mutex // held while wrong bytes of a layer are replaced
+	remaking sync.Mutex             // held while made is set
+	made     map[ztoc.Digest][]byte // see remade; guarded by remaking
+	healing  sync.Mutex             // held while wrong bytes of a layer are replaced
 
 	mu      sync.Mutex
 	order   order // see asked

@@ -30,7 +30,14 @@ func (s source) Blob(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io.ReadC
 		return nil, fmt.Errorf("blob %s is not of image %s", d, j.spec.Image)
 	}
 	if j.spec.Blobs[n].Kind != planner.Layer {
-		return j.fromHosts(ctx, d, r, j.hostsNamed(planner.Resolver(j.id, j.a.resolvers(j.names()))))
+		body, err := j.fromHosts(ctx, d, r, j.hostsNamed(planner.Resolver(j.id, j.a.resolvers(j.names()))))
+		if err != nil {
+			body, err = j.fromHosts(ctx, d, r, j.foremost(j.plan.Tree(j.plan.PieceAt(n, r.Start)), scrapeHosts))
+		}
+		if err != nil && j.a.o.Seed(j.a.o.Name) {
+			body, err = j.remade(ctx, d, r, err)
+		}
+		return body, err
 	}
 	if hosts := j.holdersOf(ctx, d); len(hosts) > 0 {
 		if body, err := j.fromHosts(ctx, d, r, hosts); err == nil {
@@ -51,6 +58,24 @@ func (s source) Blob(ctx context.Context, d ztoc.Digest, r ztoc.Range) (io.ReadC
 		}
 	}
 	return s.fromOrigin(ctx, d, r)
+}
+
+// remade makes once more what the resolver has made, which is gone before it has passed it on: the same inputs give the same bytes.
+func (j *job) remade(ctx context.Context, d ztoc.Digest, r ztoc.Range, cause error) (io.ReadCloser, error) {
+	j.remaking.Lock()
+	defer j.remaking.Unlock()
+	if j.made[d] == nil {
+		j.a.log.Warn("what the resolver has made is made again", "job", j.id, "cause", cause)
+		_, made, err := j.a.resolve(ctx, j.asked())
+		if err != nil {
+			return nil, errors.Join(cause, err)
+		}
+		j.made = made
+	}
+	if int64(len(j.made[d])) < r.End {
+		return nil, cause
+	}
+	return io.NopCloser(bytes.NewReader(j.made[d][r.Start:r.End])), nil
 }
 
 // fromOrigin opens bytes r of a layer at the origin, or, when that fails, at the other hosts.
