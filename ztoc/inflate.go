@@ -1,7 +1,6 @@
 package ztoc
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"fmt"
 	"slices"
@@ -74,51 +73,12 @@ func (z *Ztoc) inflateChunks(dst []byte, i int, r *row, blob []byte) error {
 // inflateMember inflates the first len(dst) bytes of a gzip member or of zstd frames.
 func inflateMember(f Format, dst, blob []byte) error {
 	if f == FormatEStargz {
-		n, err := gzipHeader(blob)
-		if err != nil {
-			return err
-		}
-		return inflate.Span(dst, blob[n:], 0, nil)
+		return inflate.Member(dst, blob)
 	}
 	if unzstdExact(dst, blob) == nil {
 		return nil
 	}
 	return inflateStream(dst, blob) // the header of the next file may follow in the same frame
-}
-
-// gzipHeader is the length of the gzip header that b starts with (RFC 1952).
-func gzipHeader(b []byte) (int, error) {
-	short := fmt.Errorf("%w: gzip header", ErrInvalid)
-	if len(b) < 10 || b[0] != 0x1f || b[1] != 0x8b || b[2] != 8 {
-		return 0, short
-	}
-	flags, n := b[3], 10
-	if flags&4 != 0 {
-		if len(b) < n+2 {
-			return 0, short
-		}
-		n += 2 + int(b[n]) + int(b[n+1])<<8
-	}
-	for _, f := range []byte{8, 16} { // name, comment: zero-terminated
-		if flags&f == 0 {
-			continue
-		}
-		if n > len(b) {
-			return 0, short
-		}
-		end := bytes.IndexByte(b[n:], 0)
-		if end < 0 {
-			return 0, short
-		}
-		n += end + 1
-	}
-	if flags&2 != 0 {
-		n += 2
-	}
-	if n > len(b) {
-		return 0, short
-	}
-	return n, nil
 }
 
 // allZero reports whether b is zero bytes only.

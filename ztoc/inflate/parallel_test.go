@@ -10,6 +10,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -28,7 +29,8 @@ type result struct {
 func readResult(r io.Reader, cores int, interval int64, whole bool) result {
 	data, points := sha256.New(), sha256.New()
 	var res result
-	z := NewReader(r, Options{
+	z := &Reader{chunk: 512 << 10} // so that files of some MiB have several
+	z.Reset(r, Options{
 		Interval: interval,
 		Cores:    cores,
 		OnCheckpoint: func(c Checkpoint, window []byte) error {
@@ -92,7 +94,7 @@ func TestCores(t *testing.T) {
 	}
 	for i := range 3 { // with what only one core can do in between
 		mixed = append(mixed, compress(t, data[i<<20:5<<20], 6, gzip.Header{})...)
-		mixed = append(mixed, compress(t, make([]byte, 30<<20), 6, gzip.Header{})...)
+		mixed = append(mixed, compress(t, make([]byte, 10<<20<<(2*i)), 6, gzip.Header{})...) // also more than may be held
 		mixed = append(mixed, compress(t, data[:5<<20], 0, gzip.Header{})...)
 	}
 	changed := func(gz []byte, seed uint64) []byte {
@@ -174,6 +176,26 @@ func TestCoresFound(t *testing.T) {
 	}
 	if wrong := len(found) - right; right < len(bits)*3/4 || wrong > 2 {
 		t.Errorf("%d of %d blocks found, and %d that are none", right, len(bits), wrong)
+	}
+}
+
+// TestCoresRuns checks that a chunk may inflate to much more than others, but not without end.
+func TestCoresRuns(t *testing.T) {
+	data := large(2 << 20)
+	for _, c := range []struct {
+		zeros int
+		left  bool
+	}{{30 << 20, false}, {120 << 20, true}} {
+		gz := compress(t, slices.Concat(data, make([]byte, c.zeros), data), 6, gzip.Header{})
+		z := &Reader{chunk: 256 << 10}
+		z.Reset(bytes.NewReader(gz), Options{Cores: 2})
+		n, err := io.Copy(io.Discard, z)
+		if want := int64(2*len(data) + c.zeros); n != want || err != nil {
+			t.Fatalf("%d bytes of %d, %v", n, want, err)
+		}
+		if left := z.hireAt > 0; left != c.left {
+			t.Errorf("%d MiB of zeros left to one core: %v", c.zeros>>20, left)
+		}
 	}
 }
 

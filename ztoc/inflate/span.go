@@ -1,6 +1,9 @@
 package inflate
 
-import "sync"
+import (
+	"errors"
+	"sync"
+)
 
 // A scratch is what inflating a span takes: 12 KiB of tables, and room for the window and the first
 // 32 KiB of the span in one piece, so that matches into the window are like any other.
@@ -42,6 +45,19 @@ func Span(dst, src []byte, bits uint8, window []byte) error {
 	return d.fillSpan()
 }
 
+// Member inflates the start of the gzip member that src begins with until dst is full, as Span would.
+func Member(dst, src []byte) error {
+	pos := 0
+	if c := readMember(from(src, &pos)); c != "" {
+		return &Error{Offset: int64(pos), Err: c}
+	}
+	err := Span(dst, src[pos:], 0, nil)
+	if e := (*Error)(nil); errors.As(err, &e) {
+		e.Offset += int64(pos)
+	}
+	return err
+}
+
 // A trial is what SpanUse takes.
 type trial struct {
 	d    decoder
@@ -72,7 +88,7 @@ func SpanUse(used *[32 << 10]byte, n int64, src []byte, bits uint8) error {
 		return err
 	}
 	clear(t.seen[marker:])
-	for rest := t.wide[windowSize:d.wp]; len(rest) > 0; {
+	for rest := t.wide[windowSize:d.end]; len(rest) > 0; { // a match may go on behind d.end
 		some := rest[:min(len(rest), 16)]
 		if len(some) < 16 || marked(some) {
 			for _, v := range some {
@@ -122,14 +138,19 @@ func (d *decoder) fillSpan() error {
 // nextMember takes, from the byte after a member's data, its trailer and the next one's header.
 func (d *decoder) nextMember() Cause {
 	d.pos = min(len(d.in), d.pos+8)
-	c := readMember(func() (byte, bool) {
-		if d.pos == len(d.in) {
-			return 0, false
-		}
-		d.pos++
-		return d.in[d.pos-1], true
-	})
+	c := readMember(from(d.in, &d.pos))
 	d.reset()
 	d.lo = d.wp
 	return c
+}
+
+// from is the bytes of b one after the other from *pos on.
+func from(b []byte, pos *int) func() (byte, bool) {
+	return func() (byte, bool) {
+		if *pos == len(b) {
+			return 0, false
+		}
+		*pos++
+		return b[*pos-1], true
+	}
 }
