@@ -20,7 +20,7 @@ func (z *Ztoc) Inflate(dst []byte, i int, blob []byte) error {
 		return fmt.Errorf("%w: span %d is %d bytes and inflates to %d, given %d and room for %d",
 			ErrInvalid, i, r.blobLen, r.outLen, len(blob), len(dst))
 	}
-	if z.Format == FormatEStargz || z.Format == FormatZstdChunked {
+	if z.Format.Chunked() {
 		return z.inflateChunks(dst, i, &r, blob)
 	}
 	if sha256.Sum256(blob) != r.digest {

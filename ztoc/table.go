@@ -208,7 +208,7 @@ func (z *Ztoc) check() error {
 	if z.BlobSize < 0 || z.InflatedSize < 0 || z.TarSize < 0 || z.SpanSize < 0 {
 		return fmt.Errorf("%w: negative size", ErrInvalid)
 	}
-	chunked := z.Format == FormatEStargz || z.Format == FormatZstdChunked
+	chunked := z.Format.Chunked()
 	var out int64
 	chunks := uint32(len(z.chunks) / chunkSize)
 	for i := range z.NumSpans() {

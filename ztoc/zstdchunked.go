@@ -38,6 +38,21 @@ type ChunkedTOC struct {
 // table of contents is.
 func ZstdChunkedFooter(size int64) Range { return Range{max(0, size-zstdStorageFooter), size} }
 
+// Announced is the format with a table of its own that a layer's descriptor announces; 0 when it announces none.
+func Announced(mediaType string, annotations map[string]string) Format {
+	toc := annotations[EStargzDigestAnnotation] // zstd:chunked by stargz tools has it too
+	if strings.HasSuffix(mediaType, "zstd") {
+		if toc+annotations[zstdChunkedStorage+zstdChunkedChecksum]+annotations[zstdChunkedStargz+zstdChunkedChecksum] != "" {
+			return FormatZstdChunked
+		}
+		return 0
+	}
+	if toc != "" {
+		return FormatEStargz
+	}
+	return 0
+}
+
 // ZstdChunkedTOC finds the table of contents by a layer's annotations, and where those do not give its
 // position by footer, the bytes of ZstdChunkedFooter(size), which may be nil otherwise. It returns
 // ErrUnsupported when the layer is not zstd:chunked or nothing proves its table.

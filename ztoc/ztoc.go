@@ -135,6 +135,10 @@ func (f Format) String() string {
 	return fmt.Sprintf("format %d", uint8(f))
 }
 
+// Chunked reports whether layers of the format bring a table of their own, in chunks: what they inflate to then is something else
+// than their tar archive.
+func (f Format) Chunked() bool { return f == FormatEStargz || f == FormatZstdChunked }
+
 // A Span is the unit of verification and inflating: Blob is what to fetch, Out is where its content
 // lies in the inflated layer. Spans are contiguous in Out; neighbours may share one byte of Blob.
 type Span struct {

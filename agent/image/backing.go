@@ -29,12 +29,8 @@ type backing struct {
 func newBacking(s *store.Store, views []*view) *backing {
 	b := &backing{store: s, checked: map[string]bool{}}
 	for _, v := range views {
-		form := "tar"
-		if v.ztoc.Format == ztoc.FormatEStargz || v.ztoc.Format == ztoc.FormatZstdChunked {
-			form = "chunks" // with its own table a layer inflates to something else than its tar archive
-		}
 		b.digests = append(b.digests, v.report.Digest)
-		b.layers = append(b.layers, string(v.report.Digest)+" "+form)
+		b.layers = append(b.layers, string(v.report.Digest)+" "+v.form())
 	}
 	return b
 }

@@ -92,7 +92,7 @@ func (im *Image) MakeIndex(ctx context.Context, o IndexOptions) (*Index, error) 
 			il.Reason = "small: fetched whole"
 		case z.Blob != l.Digest:
 			il.Reason = "it has no restart points in the registry's form"
-		case z.Format == ztoc.FormatEStargz || z.Format == ztoc.FormatZstdChunked:
+		case z.Format.Chunked():
 			il.Reason = z.Format.String() + " brings its own table"
 		default:
 			soci, err := im.forSOCI(ctx, l, z, o.SOCISpan)

@@ -17,12 +17,11 @@ import (
 // maxProfile bounds an encoded profile that comes with an index, bytes.
 const maxProfile = 1 << 20
 
-// startKey names the profile and the warm file of an image. Both speak of offsets in inflated layers, and a
-// layer that brings its own table is inflated to something else than its tar archive.
+// startKey names the profile and the warm file of an image. Both speak of offsets in inflated layers.
 func startKey(img origin.Image, views []*view) string {
 	s := "start 1 " + string(img.Digest)
 	for _, v := range views {
-		s += map[bool]string{false: " tar", true: " chunks"}[v.ztoc.Format == ztoc.FormatEStargz || v.ztoc.Format == ztoc.FormatZstdChunked]
+		s += " " + v.form()
 	}
 	return store.Key(s)
 }
@@ -95,18 +94,11 @@ func (o *opener) fetchProfile(ctx context.Context, ix *foundIndex, key string) {
 		_, err = lazyfs.DecodeProfile(b)
 	}
 	if err == nil {
-		err = o.put(store.KindProfile, key, b)
+		err = o.Store.PutBytes(store.KindProfile, key, b)
 	}
 	if err != nil {
 		o.Log.Info("the index's start-up profile is not used", "cause", err)
 	}
-}
-
-func (o *opener) put(kind store.Kind, key string, b []byte) error {
-	return o.Store.Put(kind, key, func(w io.Writer) error {
-		_, err := w.Write(b)
-		return err
-	})
 }
 
 // keepProfile merges what a mount recorded into the kept profile.
@@ -123,7 +115,7 @@ func (im *Image) keepProfile(p lazyfs.Profile) {
 			im.o.Log.Debug("an outdated warm file stays", "cause", err)
 		}
 	}
-	if err := im.o.put(store.KindProfile, im.startKey, p.Encode()); err != nil {
+	if err := im.o.Store.PutBytes(store.KindProfile, im.startKey, p.Encode()); err != nil {
 		im.o.notKept("the start-up profile is not kept", err)
 	}
 }

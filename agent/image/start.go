@@ -1,7 +1,6 @@
 package image
 
 import (
-	"io"
 	"slices"
 
 	"github.com/muster-hpc/muster/agent/origin"
@@ -39,10 +38,7 @@ func KeepProfile(st *store.Store, img origin.Image, profile []byte) error {
 	if f, err := st.Get(store.KindProfile, key); err == nil {
 		return f.Close()
 	}
-	return st.Put(store.KindProfile, key, func(w io.Writer) error {
-		_, err := w.Write(profile)
-		return err
-	})
+	return st.PutBytes(store.KindProfile, key, profile)
 }
 
 // StartRanges is what of the layers' blobs a program needs first, by the profile that the store has of the image, in its order within each

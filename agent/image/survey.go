@@ -123,10 +123,7 @@ func KeepTable(st *store.Store, layer origin.Descriptor, packed []byte) error {
 	if z.Blob != layer.Digest || z.BlobSize != layer.Size {
 		return fmt.Errorf("%w: a table of blob %s of %d bytes", ztoc.ErrIndex, z.Blob, z.BlobSize)
 	}
-	return st.Put(store.KindZtoc, layer.Digest.Hex(), func(w io.Writer) error {
-		_, err := w.Write(packed)
-		return err
-	})
+	return st.PutBytes(store.KindZtoc, layer.Digest.Hex(), packed)
 }
 
 // KeptTable is the packed table that the store has for a layer, or nil.

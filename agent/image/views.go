@@ -56,6 +56,14 @@ func (v *view) id() string {
 	return fmt.Sprintf("%s %s %s %d", v.report.Digest.Hex(), v.ztoc.Format, v.ztoc.Blob.Hex(), v.ztoc.NumEntries())
 }
 
+// form says what offsets in v count in: the layer's tar archive, or the chunks of a table of its own.
+func (v *view) form() string {
+	if v.ztoc.Format.Chunked() {
+		return "chunks"
+	}
+	return "tar"
+}
+
 // blob is what spans of v are fetched from: the layer itself, or the blob derived from it.
 func (v *view) blob() ztoc.BlobRef { return ztoc.BlobRef{Digest: v.ztoc.Blob, Size: v.ztoc.BlobSize} }
 
@@ -264,7 +272,7 @@ func (o *opener) mapZtoc(layer ztoc.Digest) (*ztoc.Ztoc, error) {
 func (o *opener) keepZtoc(layer ztoc.Digest, z *ztoc.Ztoc) *ztoc.Ztoc {
 	b, err := ztoc.Pack(z)
 	if err == nil {
-		err = o.put(store.KindZtoc, layer.Hex(), b)
+		err = o.Store.PutBytes(store.KindZtoc, layer.Hex(), b)
 	}
 	if err == nil {
 		var kept *ztoc.Ztoc

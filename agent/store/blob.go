@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"strconv"
@@ -474,26 +473,6 @@ func (b *Blob) Verify(ctx context.Context) error {
 		return fmt.Errorf("%w: blob %s in %s hashes to %s", ErrCorrupt, b.file.ref.Digest, b.file.f.Name(), got)
 	}
 	return nil
-}
-
-// Reader reads the blob from its start; it ends with ErrAbsent at the first block that is not here.
-func (b *Blob) Reader() io.Reader { return &blobReader{b: b} }
-
-type blobReader struct {
-	b   *Blob
-	off int64
-}
-
-func (r *blobReader) Read(p []byte) (int, error) {
-	n := min(int64(len(p)), r.b.file.ref.Size-r.off)
-	if n <= 0 {
-		return 0, io.EOF
-	}
-	if err := r.b.ReadAt(p[:n], r.off); err != nil {
-		return 0, err
-	}
-	r.off += n
-	return int(n), nil
 }
 
 // touch notes the time of use, at most once a second.

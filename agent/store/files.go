@@ -65,6 +65,14 @@ func (s *Store) filePath(kind Kind, key string) (string, error) {
 	return "", fmt.Errorf("%w: kind %q", ErrKey, kind)
 }
 
+// PutBytes is Put of bytes at hand.
+func (s *Store) PutBytes(kind Kind, key string, b []byte) error {
+	return s.Put(kind, key, func(w io.Writer) error {
+		_, err := w.Write(b)
+		return err
+	})
+}
+
 // Put writes a small file: under a temporary name, then renamed, so that readers find all of it or none. An
 // existing file is replaced; whoever has it open keeps the old one. An error of write is returned as it is,
 // ErrNoSpace when the file does not fit.

@@ -278,9 +278,6 @@ func (s *Store) degraded() bool {
 	return t != 0 && time.Now().UnixNano() < t
 }
 
-// Degraded reports whether the store has stopped keeping bytes, for lack of space.
-func (s *Store) Degraded() bool { return s.degraded() }
-
 // isFull reports whether err is a file system's way to say that there is no room.
 func isFull(err error) bool {
 	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EROFS)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -124,7 +125,7 @@ func (a *app) estimate(ctx context.Context, args []string, f *estimateFlags) (*e
 		return nil, badScenario("%d images %d times; accepted are 10000 pulls in all", len(s.Images), f.times)
 	}
 	s.Images = slices.Repeat(s.Images, f.times)
-	s.Parameters = costmodel.Defaults(model, firstOf(registry, "unknown"))
+	s.Parameters = costmodel.Defaults(model, cmp.Or(registry, "unknown"))
 	s.Parameters[costmodel.ParamPrice] = price
 	if f.measure {
 		if err := measureHere(ctx, s.Parameters); err != nil {
@@ -210,7 +211,7 @@ func parseSizes(s string) (img costmodel.Image, ok bool, err error) {
 	if m == nil {
 		return img, false, nil
 	}
-	img.Name = firstOf(m[1], s)
+	img.Name = cmp.Or(m[1], s)
 	for _, part := range strings.Split(m[2], "+") {
 		p := sizePattern.FindStringSubmatch(part)
 		n := 1

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -32,9 +33,8 @@ const (
 	indexFactor   = 0.012 // of a layer's size, what its table takes
 	dockerLayers  = 125   // docker refuses images with more layers
 	hugeLayer     = 2 << 30
-	emptyLayer    = 100     // blobs up to this size are a compressed archive of nothing
-	manyLayers    = 30      // in a table for people
-	lazyFrom      = 4 << 20 // smaller layers are fetched whole, whatever index there is
+	emptyLayer    = 100 // blobs up to this size are a compressed archive of nothing
+	manyLayers    = 30  // in a table for people
 )
 
 // How bad a finding is.
@@ -145,7 +145,7 @@ func (a *app) preflight(ctx context.Context, ref, platform string, link float64)
 	switch {
 	case errors.Is(err, origin.ErrPlatform):
 		p.Platforms = platformsOf(ctx, repo)
-		p.add(levelFail, "there is no %s in it: it exists for %s", firstOf(platform, origin.DefaultPlatform()), orNone(strings.Join(p.Platforms, ", ")))
+		p.add(levelFail, "there is no %s in it: it exists for %s", cmp.Or(platform, origin.DefaultPlatform()), orNone(strings.Join(p.Platforms, ", ")))
 		return p, err
 	case errors.Is(err, origin.ErrUnsupported):
 		p.add(levelFail, "%v", err)
@@ -175,17 +175,10 @@ func (a *app) preflight(ctx context.Context, ref, platform string, link float64)
 	return p, err
 }
 
-func firstOf(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
-}
-
 // platformsOf is the platforms of an index, as far as its entries say them.
 func platformsOf(ctx context.Context, repo origin.Repository) (all []string) {
 	r := repo.Reference()
-	m, err := repo.Manifest(ctx, firstOf(string(r.Digest), firstOf(r.Tag, "latest")))
+	m, err := repo.Manifest(ctx, cmp.Or(string(r.Digest), cmp.Or(r.Tag, "latest")))
 	if err != nil {
 		return nil
 	}
@@ -208,22 +201,12 @@ func platformsOf(ctx context.Context, repo origin.Repository) (all []string) {
 
 // kindOf says what kind of layer a descriptor announces.
 func kindOf(d origin.Descriptor) string {
-	has := func(prefix string) bool {
-		for k := range d.Annotations {
-			if strings.HasPrefix(k, prefix) {
-				return true
-			}
-		}
-		return false
-	}
-	m := d.MediaType
+	m, chunked := d.MediaType, ztoc.Announced(d.MediaType, d.Annotations)
 	switch {
 	case strings.Contains(m, "foreign") || strings.Contains(m, "nondistributable"):
 		return "foreign"
-	case has("containerd.io/snapshot/stargz/toc.digest"):
-		return "eStargz"
-	case has("io.github.containers.zstd-chunked.") || has("io.containers.zstd-chunked."):
-		return "zstd:chunked"
+	case chunked != 0:
+		return chunked.String()
 	case strings.HasSuffix(m, "zstd"):
 		return "zstd"
 	case strings.HasSuffix(m, "gzip"):
@@ -248,9 +231,9 @@ func (p *preflight) layers(img origin.Image, index image.ListedIndex) (err error
 			row.First = firstRefused
 			p.add(levelFail, "layer %s has the media type %s, which muster does not handle", short(l.Digest), l.MediaType)
 			err = unsupported("%s: layer %s has the media type %s", p.Image, l.Digest, l.MediaType)
-		case l.Size < lazyFrom:
+		case l.Size < image.WholeBelow:
 			row.First = firstWhole
-		case row.Kind == "eStargz" || row.Kind == "zstd:chunked":
+		case row.Kind == ztoc.FormatEStargz.String() || row.Kind == ztoc.FormatZstdChunked.String():
 			row.First = firstTOC
 		case indexed:
 			row.First = firstIndexed
@@ -344,7 +327,7 @@ func seconds(s float64) string {
 	return time.Duration(s * float64(time.Second)).Round(time.Second).String()
 }
 
-// space compares what the image needs with what there is. The store is looked at, not made.
+// space compares what the image needs with what there is. A directory that does not exist is not made.
 func (a *app) space(p *preflight, img origin.Image) {
 	p.Needed = p.Size + int64(float64(p.Size)*indexFactor)
 	p.Unpacked = int64(float64(p.Size) * inflateFactor)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -99,7 +100,7 @@ func (a *app) report(ctx context.Context, jobs []string, f *reportFlags) error {
 		}
 	}
 	if f.csv != "" {
-		f.site.Instance = firstOf(f.money.instance, "unknown")
+		f.site.Instance = cmp.Or(f.money.instance, "unknown")
 		var events []costmodel.Event
 		for _, r := range all {
 			events = append(events, report.Events(r, f.site)...)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/csv"
 	"errors"
@@ -218,7 +219,7 @@ func printSimilarities(w io.Writer, all []similarity) {
 	tw := tabwriter.NewWriter(w, 2, 8, 2, ' ', 0)
 	fmt.Fprintln(tw, "SET\tIMAGES\tLAYERS\tUNIQUE\tUNIQUE PULLS\tBYTES\tUNIQUE BYTES\tSHARE\tMEAN JACCARD\tOFF-DIAGONAL\tBY BYTES")
 	for _, s := range all {
-		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%.1f %%\t%s\t%s\t%.3f\t%.3f\t%.3f\t%.3f\n", firstOf(s.Set, "these"), len(s.Images), s.Layers, s.Unique, 100*s.UniquePulls,
+		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%.1f %%\t%s\t%s\t%.3f\t%.3f\t%.3f\t%.3f\n", cmp.Or(s.Set, "these"), len(s.Images), s.Layers, s.Unique, 100*s.UniquePulls,
 			megabytes(int64(s.Bytes)), megabytes(int64(s.UniqueBytes)), s.UniqueShare, s.Mean, s.OffDiagonal, s.MeanBytes)
 	}
 	_ = tw.Flush()

@@ -112,7 +112,7 @@ func (k *Keeper) watch(got *kit, st standing) {
 			}
 			k.log.Error("ending a mount whose processes died", "dir", st.Start.Dir, "error", err)
 			_ = lazyfs.Abort(st.Start.Dir)
-			_ = release(st, got)
+			_ = release(st)
 			return
 		}
 	}

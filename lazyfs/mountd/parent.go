@@ -413,7 +413,7 @@ func (p *parent) clearUp() {
 			// Nobody answers and nobody will: who waits gets an error, and so it can be unmounted.
 			_ = lazyfs.Abort(p.start.Dir)
 		}
-		if err := release(p.st, p.kit); err != nil {
+		if err := release(p.st); err != nil {
 			p.log.Error("unmount", "error", err)
 		}
 	}

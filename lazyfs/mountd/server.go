@@ -209,7 +209,7 @@ func (p *serverProcess) serveUntilOrphan(ctx context.Context, s *lazyfs.Server, 
 		return nil // the connection ends with this process
 	}
 	p.log.Error("unmounting", "cause", context.Cause(ctx))
-	if err := release(st, k); err != nil {
+	if err := release(st); err != nil {
 		return err
 	}
 	select {
@@ -221,7 +221,7 @@ func (p *serverProcess) serveUntilOrphan(ctx context.Context, s *lazyfs.Server, 
 }
 
 // release unmounts what nobody will look after any more, unless that was done.
-func release(st standing, k *kit) error {
+func release(st standing) error {
 	if c, err := lazyfs.Mounted(st.Start.Dir); err != nil || c.Minor != st.Conn.Minor {
 		return nil //nolint:nilerr // it is not mounted
 	}
