@@ -43,6 +43,8 @@ func TestLyingHost(t *testing.T) {
 	if rotten == 0 {
 		t.Fatal("nothing has rotted")
 	}
+	nodes[1].stop() // it would not look so soon again
+	nodes[1] = w.start("n1", nil)
 	w.proxy.ResetLog()
 	r := w.stage(nodes[0], 4, func(q *control.StageRequest) { q.Job = "second" })
 	if r.Failed > 0 {

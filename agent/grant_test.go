@@ -48,7 +48,7 @@ func (w *world) private() (change func(i int, o *agent.Options), secret map[stri
 
 // A rogue is a host with a certificate of the cluster and no agent of ours.
 type rogue struct {
-	t      *testing.T
+	t      testing.TB
 	client *peer.Client
 }
 

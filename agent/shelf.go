@@ -19,8 +19,33 @@ type shelf struct {
 
 	writing, written atomic.Int64 // nanoseconds spent writing, of all writers together, and bytes
 
-	mu    sync.Mutex
-	blobs map[ztoc.Digest]*held // an entry has at least one user
+	mu     sync.Mutex
+	blobs  map[ztoc.Digest]*held     // an entry has at least one user
+	proven map[ztoc.Digest]time.Time // when a blob was hashed and matched, and is not known to have lost anything since
+}
+
+// provenFor is how long a blob that has matched its digest is not hashed again for the next job. Reads are checked against tables in any case.
+const provenFor = 10 * time.Minute
+
+// hasProof notes that all of the blob was hashed and matched.
+func (h *held) hasProof() {
+	h.shelf.mu.Lock()
+	defer h.shelf.mu.Unlock()
+	for d, at := range h.shelf.proven {
+		if time.Since(at) > provenFor {
+			delete(h.shelf.proven, d)
+		}
+	}
+	h.shelf.proven[h.ref.Digest] = time.Now()
+}
+
+// lately reports whether the blob is here whole and was proven a short time ago. What arrives for it, because something was dropped or evicted,
+// ends that.
+func (h *held) lately() bool {
+	h.shelf.mu.Lock()
+	at, ok := h.shelf.proven[h.ref.Digest]
+	h.shelf.mu.Unlock()
+	return ok && time.Since(at) < provenFor && h.has(h.whole())
 }
 
 // A held is a blob of the store while somebody uses it.
@@ -37,7 +62,9 @@ type held struct {
 // A watcher is told of what arrives.
 type watcher struct{ f func(ztoc.Range) }
 
-func newShelf(st *store.Store) *shelf { return &shelf{store: st, blobs: map[ztoc.Digest]*held{}} }
+func newShelf(st *store.Store) *shelf {
+	return &shelf{store: st, blobs: map[ztoc.Digest]*held{}, proven: map[ztoc.Digest]time.Time{}}
+}
 
 // open gives a blob, which close must be called for.
 func (s *shelf) open(ref ztoc.BlobRef) (*held, error) {
@@ -94,6 +121,9 @@ func (h *held) close() {
 
 // WriteAt stores bytes, as store.Blob does, and tells who watches.
 func (h *held) WriteAt(p []byte, off int64) error {
+	h.shelf.mu.Lock()
+	delete(h.shelf.proven, h.ref.Digest)
+	h.shelf.mu.Unlock()
 	began := time.Now()
 	err := h.blob.WriteAt(p, off)
 	h.shelf.writing.Add(int64(time.Since(began)))

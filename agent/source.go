@@ -147,10 +147,10 @@ func (c *counted) Read(p []byte) (int, error) {
 
 func (c *counted) Close() error { return c.body.Close() }
 
-// maxHeld bounds what fromHosts takes into memory at once, bytes.
-const maxHeld = 1 << 20
+// maxHeld bounds what one question for bytes brings into memory, bytes. What lies behind it comes in a stream.
+const maxHeld = 256 << 10
 
-// fromHosts reads r from the first of some hosts that has it, a piece at a time.
+// fromHosts reads r from the first of some hosts that has it.
 func (j *job) fromHosts(ctx context.Context, d ztoc.Digest, r ztoc.Range, hosts []peer.Host) (io.ReadCloser, error) {
 	h := &hostsReader{j: j, ctx: ctx, d: d, r: r, hosts: hosts}
 	if err := h.fill(); err != nil {
@@ -159,17 +159,25 @@ func (j *job) fromHosts(ctx context.Context, d ztoc.Digest, r ztoc.Range, hosts 
 	return h, nil
 }
 
+// A hostsReader asks the hosts one after the other for the next bytes. Whoever has them is asked for all that follow, in one stream, until that ends
+// or does not go on where it should; then all are asked again.
 type hostsReader struct {
-	j     *job
-	ctx   context.Context
-	d     ztoc.Digest
-	r     ztoc.Range // still to fetch
-	hosts []peer.Host
-	buf   bytes.Reader
+	j      *job
+	ctx    context.Context
+	d      ztoc.Digest
+	r      ztoc.Range // still to fetch
+	hosts  []peer.Host
+	buf    []byte // of fill; kept for the next one
+	got    []byte // to be read: of buf, or of the stream until its next event
+	stream *peer.Stream
 }
 
 func (h *hostsReader) fill() error {
-	p := make([]byte, min(maxHeld-h.r.Start%maxHeld, h.r.Len()))
+	n := min(maxHeld-h.r.Start%maxHeld, h.r.Len())
+	if h.buf == nil {
+		h.buf = make([]byte, min(maxHeld, h.r.Len()))
+	}
+	p := h.buf[:n]
 	var errs error = peer.ErrNotHere
 	for _, host := range h.hosts {
 		ctx, cancel := context.WithTimeout(h.ctx, h.j.a.o.Ask)
@@ -177,9 +185,10 @@ func (h *hostsReader) fill() error {
 		cancel()
 		if err == nil {
 			h.j.peerRequests.Add(1)
-			h.j.got(fromPeer, int64(len(p)))
-			h.buf.Reset(p)
-			h.r.Start += int64(len(p))
+			h.take(p)
+			if h.r.Len() > maxHeld {
+				h.open(host)
+			}
 			return nil
 		}
 		if h.ctx.Err() != nil {
@@ -192,19 +201,70 @@ func (h *hostsReader) fill() error {
 	return fmt.Errorf("%s [%d, +%d) at none of %d hosts: %w", h.d, h.r.Start, len(p), len(h.hosts), errs)
 }
 
+// take has p be read next.
+func (h *hostsReader) take(p []byte) {
+	h.got = p
+	h.r.Start += int64(len(p))
+	h.j.got(fromPeer, int64(len(p)))
+}
+
+// open begins a stream of what is still to fetch. Without one it comes piece by piece.
+func (h *hostsReader) open(host peer.Host) {
+	s, err := h.j.a.client.Open(h.ctx, host, h.j.hello(ztoc.Prefetch))
+	if err != nil {
+		return
+	}
+	if _, err := s.Want(h.d, []ztoc.Range{h.r}); err != nil {
+		_ = s.Close()
+		return
+	}
+	h.j.peerRequests.Add(1)
+	h.stream = s
+}
+
+// next waits for the stream's next bytes, and closes it when it has none.
+func (h *hostsReader) next() {
+	for {
+		e, err := h.stream.Next()
+		switch {
+		case err == nil && e.Kind == peer.Waiting:
+			continue
+		case err == nil && e.Kind == peer.Bytes && e.Range.Start == h.r.Start:
+			h.take(e.Data)
+			return
+		}
+		_ = h.stream.Close()
+		h.stream = nil
+		return
+	}
+}
+
 func (h *hostsReader) Read(p []byte) (int, error) {
-	if h.buf.Len() == 0 {
+	if len(h.got) == 0 {
 		if h.r.Empty() {
 			return 0, io.EOF
 		}
-		if err := h.fill(); err != nil {
-			return 0, err
+		if h.stream != nil {
+			h.next()
+		}
+		if len(h.got) == 0 {
+			if err := h.fill(); err != nil {
+				return 0, err
+			}
 		}
 	}
-	return h.buf.Read(p)
+	n := copy(p, h.got)
+	h.got = h.got[n:]
+	return n, nil
 }
 
-func (h *hostsReader) Close() error { return nil }
+func (h *hostsReader) Close() error {
+	if h.stream != nil {
+		_ = h.stream.Close()
+		h.stream = nil
+	}
+	return nil
+}
 
 // substitute reports whether r is fetched here only because hosts of the plan were passed over.
 func (j *job) substitute(n int, r ztoc.Range) bool {

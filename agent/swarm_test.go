@@ -32,7 +32,7 @@ import (
 )
 
 // layer is a tar archive of about n bytes, half of which compress.
-func layer(t *testing.T, seed uint64, n int) v1.Layer {
+func layer(t testing.TB, seed uint64, n int) v1.Layer {
 	t.Helper()
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
@@ -61,7 +61,7 @@ func layer(t *testing.T, seed uint64, n int) v1.Layer {
 
 // A world is a registry with an image and a network.
 type world struct {
-	t      *testing.T
+	t      testing.TB
 	proxy  *registry.Proxy
 	image  string
 	size   int64 // of the layers
@@ -70,7 +70,7 @@ type world struct {
 	dir    string
 }
 
-func newWorld(t *testing.T, layers ...int) *world {
+func newWorld(t testing.TB, layers ...int) *world {
 	t.Helper()
 	w := &world{t: t, net: peer.NewMemory(), dir: t.TempDir()}
 	s, err := registry.Start(filepath.Join(w.dir, "registry"), registry.Options{Referrers: true})

@@ -19,8 +19,10 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -64,11 +66,15 @@ func main() {
 	only := flag.String("only", "", "parts to measure, of "+strings.Join(parts, ",")+"; default all")
 	faults := flag.Int("faults", 8, "number of hosts for the faults")
 	muster := flag.String("muster", "build/muster", "binary to measure")
+	add := flag.Bool("add", false, "add to what earlier runs measured (build/bench/swarm-values.json), so that the bench can be done in parts")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	b := &bench{rate: *rate, rounds: *rounds, faultHosts: *faults, values: map[string][]float64{}}
 	err := b.prepare(ctx, *muster, *sizes, *only)
+	if err == nil && *add {
+		err = b.load()
+	}
 	if err == nil {
 		err = b.run(ctx)
 	}
@@ -93,6 +99,7 @@ type bench struct {
 	rate       int // Mbit/s
 	rounds     int
 	sizes      []int
+	judged     []int // sizes that earlier runs measured
 	only       []string
 	faultHosts int
 	lab        *lab.Lab
@@ -274,11 +281,59 @@ func (b *bench) run(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := b.save(); err != nil {
+		return err
+	}
 	_, err := report.Write(os.Stdout, "swarm", b.rows())
 	for _, n := range b.notes {
 		fmt.Println("note:", n)
 	}
 	return err
+}
+
+// valuesFile has every single value, by row.
+const valuesFile = "build/bench/swarm-values.json"
+
+// A kept is what one run leaves for the next.
+type kept struct {
+	Sizes  []int
+	Order  []string
+	Values map[string][]float64
+}
+
+// allSizes are the numbers of hosts that were measured.
+func (b *bench) allSizes() []int {
+	all := append(slices.Clone(b.judged), b.sizes...)
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+func (b *bench) save() error {
+	text, err := json.MarshalIndent(kept{b.allSizes(), b.order, b.values}, "", " ")
+	if err == nil {
+		err = os.MkdirAll(filepath.Dir(valuesFile), 0o755)
+	}
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(valuesFile, text, 0o644)
+}
+
+// load takes up what earlier runs have left. The sizes to judge are those of all runs; those to measure stay.
+func (b *bench) load() error {
+	text, err := os.ReadFile(valuesFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var k kept
+	if err == nil {
+		err = json.Unmarshal(text, &k)
+	}
+	if err != nil {
+		return err
+	}
+	b.order, b.values, b.judged = k.Order, k.Values, k.Sizes
+	return nil
 }
 
 // fluid is the time below which n hosts cannot have b bytes, s.

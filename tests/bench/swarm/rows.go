@@ -31,7 +31,7 @@ func (b *bench) rows() (rows []report.Row) {
 			rows = append(rows, report.Figure(row, v, unit))
 		}
 	}
-	for _, n := range b.sizes {
+	for _, n := range b.allSizes() {
 		rows = append(rows, b.judge(n)...)
 	}
 	return append(rows, b.judgeFaults()...)

@@ -284,6 +284,9 @@ func (b *bench) pair(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		for _, h := range m.Hosts {
+			say("  %s: %s", h.Host, phases(h))
+		}
 		b.add(key(2, "passing on, unshaped"), m.took)
 		b.add(key(2, "passing on, CPU per GB"), m.cpu/(float64(b.size)/1e9))
 	}
