@@ -324,6 +324,9 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 		if (chdir("/"))
 			_exit(1);
 	}
+	// Executing the program may wait for its first bytes. proctrack/linuxproc spares processes that are called like slurmstepd, as this one
+	// is until then: a job that is cancelled meanwhile would drain the node.
+	prctl(PR_SET_NAME, "muster-task", 0, 0, 0);
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) {
 		dprintf(2, "muster: image %s: no_new_privs: %m\n", image);
 		_exit(1);

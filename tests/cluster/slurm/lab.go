@@ -53,7 +53,8 @@ type Options struct {
 	Muster string // the program, readable for everybody
 	Plugin string // the directory that BuildPlugin has filled
 	Conf   string // lines for slurm.conf, before muster's own
-	Rate   int    // of the hosts' links, Mbit/s
+	// Rates of the links, Mbit/s; 0: not limited.
+	Rate, OriginRate int
 }
 
 // BuildPlugin builds the plug-in and the TaskProlog in a directory, as make does.
@@ -72,7 +73,7 @@ func New(ctx context.Context, o Options) (_ *Cluster, err error) {
 			return nil, fmt.Errorf("%w: tests/setup installs slurmctld, slurmd, slurm-client and munge", err)
 		}
 	}
-	l, err := lab.New(ctx, lab.Options{Hosts: o.Nodes + 1, Rate: o.Rate, Binary: o.Muster, Dir: o.Dir})
+	l, err := lab.New(ctx, lab.Options{Hosts: o.Nodes + 1, Rate: o.Rate, OriginRate: o.OriginRate, Binary: o.Muster, Dir: o.Dir})
 	if err != nil {
 		return nil, err
 	}
@@ -333,16 +334,31 @@ type Result struct {
 	Code     int
 }
 
+// runBound is how long Run waits for a command: it may be one that Slurm never lets begin.
+const runBound = 3 * time.Minute
+
 // Run runs a command as a user.
 func (c *Cluster) Run(u User, name string, args ...string) Result {
 	cmd := c.As(u, name, args...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	err := cmd.Run()
+	cmd.WaitDelay = time.Second
+	err := cmd.Start()
+	if err == nil {
+		// Ended by SIGTERM, nsenter's child would go on.
+		late := time.AfterFunc(runBound, func() {
+			_ = cmd.Process.Kill()
+			_, _ = c.Slurm("scancel", "-u", u.Name)
+		})
+		err = cmd.Wait()
+		if !late.Stop() {
+			err = fmt.Errorf("no end after %v: %w", runBound, err)
+		}
+	}
 	r := Result{Out: out.String(), Err: errs.String()}
 	var exit *exec.ExitError
 	switch {
-	case errors.As(err, &exit):
+	case errors.As(err, &exit) && exit.Exited():
 		r.Code = exit.ExitCode()
 	case err != nil:
 		r.Code, r.Err = -1, r.Err+err.Error()

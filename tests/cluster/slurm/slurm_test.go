@@ -50,15 +50,16 @@ type cluster struct {
 	t testing.TB
 }
 
-func newCluster(t testing.TB, nodes int, conf string) *cluster {
+func newCluster(t testing.TB, o slurm.Options) *cluster {
 	t.Helper()
 	dir := t.TempDir()
+	o.Dir, o.Muster, o.Plugin = dir, binary, plugin
 	for d := dir; len(d) > len(os.TempDir()); d = filepath.Dir(d) { // users work in it
 		if err := os.Chmod(d, 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	c, err := slurm.New(t.Context(), slurm.Options{Nodes: nodes, Dir: dir, Muster: binary, Plugin: plugin, Conf: conf})
+	c, err := slurm.New(t.Context(), o)
 	if err != nil {
 		for _, f := range []string{"slurmctld.log", "h0/slurmctld.out", "h1/slurmd.log", "h1/slurmd.out", "h1/agent.log", "h0/munged.out"} {
 			b, _ := os.ReadFile(filepath.Join(dir, f))
@@ -90,6 +91,16 @@ func (c *cluster) push(name string) string {
 		c.t.Fatal(err)
 	}
 	return ref
+}
+
+// index pushes an index beside an image, so that it can be mounted before its bytes are there.
+func (c *cluster) index(name string) {
+	c.t.Helper()
+	store := filepath.Join(c.t.TempDir(), "store")
+	cmd := exec.Command(binary, "--store-dir", store, "--quiet", "--origin-plain-http", c.Direct(), "index", "push", "--min-layer", "1", c.Direct()+"/"+name+":latest")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		c.t.Fatalf("index push: %v: %s", err, out)
+	}
 }
 
 // ok runs a command as ada, which has to succeed, and gives the lines of its output, sorted.
@@ -213,7 +224,7 @@ const bound = 2 * time.Minute
 const inside = `import os; print(os.uname().nodename, os.getuid(), os.path.exists("/etc/apt/sources.list.d"), os.environ.get("MUSTER_JOB"))`
 
 func TestSlurm(t *testing.T) {
-	c := newCluster(t, 4, "")
+	c := newCluster(t, slurm.Options{Nodes: 4})
 	ref := c.push("debian-python")
 	// What only the host has, and the image has not.
 	const hostOnly = "/usr/sbin/slurmd"
@@ -362,6 +373,44 @@ func TestSlurm(t *testing.T) {
 		}
 	})
 
+	run("what a user may not", func() {
+		home := c.Users[1].Home
+		if err := os.WriteFile(home+"/secret", []byte("of bob\n"), 0o600); err != nil {
+			c.t.Fatal(err)
+		}
+		// Another user's directory, directly and by the way out of one's own.
+		c.fails([]string{"permission denied"}, "srun", "--image="+ref, "--image-bind="+home+"/secret:/data", "cat", "/data")
+		c.fails([]string{"Permission denied"}, "srun", "--image="+ref, "--image-bind="+home+":/data", "ls", "/data")
+		// A target stays in the image, wherever it points to: this one would be the host's /etc.
+		c.ok("srun", "--image="+ref, "--image-bind=/usr/share:/tmp/../../../etc/alternatives", "true")
+		// A setuid program of the image, of the user's own making, and root's own: none gives anything.
+		lines := c.ok("srun", "--image="+ref, "sh", "-c", `cp /bin/sh /var/lib/sh; chmod 4755 /var/lib/sh; /var/lib/sh -p -c 'id -u'; su -c id root </dev/null 2>&1; grep NoNewPrivs /proc/self/status; mknod /dev/shm/sda b 8 0 2>&1; cat /etc/shadow 2>&1; mount -t tmpfs x /mnt 2>&1 && echo mounted; true`)
+		text := strings.Join(lines, "\n")
+		for _, want := range []string{"4711", "NoNewPrivs:\t1", "Operation not permitted"} {
+			if !strings.Contains(text, want) {
+				c.t.Errorf("no %q", want)
+			}
+		}
+		if strings.Contains(text, "uid=0") || strings.Contains(text, "\n0\n") || strings.Contains(text, "mounted") {
+			c.t.Error("a user became root")
+		}
+	})
+
+	run("a job without an image", func() {
+		// Whatever muster does, or is: nothing of it is on the way.
+		if err := os.Rename(binary, binary+".gone"); err != nil {
+			c.t.Fatal(err)
+		}
+		defer os.Rename(binary+".gone", binary) //nolint:errcheck // the next tests say so
+		if lines := c.ok("srun", "-N4", "hostname"); len(lines) != 4 {
+			c.t.Errorf("%q", lines)
+		}
+		id, out := c.batch("#SBATCH -N4 --comment=whatever", "env | grep MUSTER; srun hostname")
+		if lines := c.finished(id, out); len(lines) != 4 {
+			c.t.Errorf("%q", lines)
+		}
+	})
+
 	t.Run("taken out again", func(t *testing.T) {
 		c.t = t
 		if err := c.Install("--undo"); err != nil {
@@ -379,4 +428,65 @@ func TestSlurm(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestF31BlockedReaders cancels a job whose tasks all wait for bytes that nobody can bring.
+func TestF31BlockedReaders(t *testing.T) {
+	c := newCluster(t, slurm.Options{Nodes: 2, OriginRate: 40})
+	ref := c.push("debian-python")
+	c.index("debian-python")
+	home := c.Users[0].Home
+	id, _ := c.batch("#SBATCH -N2 -n8 --image="+ref, "while [ ! -e "+home+"/go ]; do sleep 0.1; done",
+		"srun -n8 sh -c 'touch "+home+"/began-$SLURM_PROCID; cat /usr/bin/* /usr/lib/x86_64-linux-gnu/* >"+home+"/read-$SLURM_PROCID'")
+	c.until(id, "JobState=RUNNING")
+	if err := c.Await(t.Context(), bound, "mounts", func() bool {
+		for _, h := range c.Nodes {
+			if _, err := os.Lstat(filepath.Join(h.Dir, "jobs", "slurm-"+id+".rootfs")); err != nil {
+				return false
+			}
+		}
+		return true
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.OriginCut(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(home+"/go", nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// Until nothing moves any more.
+	size := func() (n int64) {
+		files, _ := filepath.Glob(home + "/read-*")
+		for _, f := range files {
+			if st, err := os.Stat(f); err == nil {
+				n += st.Size()
+			}
+		}
+		return n
+	}
+	last, same := int64(-1), time.Now()
+	if err := c.Await(t.Context(), bound, "standstill", func() bool {
+		if n := size(); n != last {
+			last, same = n, time.Now()
+		}
+		return time.Since(same) > 3*time.Second
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if out, _ := c.Slurm("squeue", "-h", "-o", "%T"); !strings.Contains(out, "RUNNING") {
+		t.Fatalf("the job does not wait: %q", out)
+	}
+	cancelled := time.Now()
+	c.cancel(id)
+	c.clean()
+	t.Logf("%d bytes were read; the nodes were clean and idle %v after scancel", last, time.Since(cancelled).Round(100*time.Millisecond))
+	if t.Failed() {
+		return
+	}
+	if err := c.OriginHeal(); err != nil {
+		t.Fatal(err)
+	}
+	c.ok("srun", "-N2", "--image="+ref, "true")
+	c.clean()
 }
