@@ -12,7 +12,7 @@ export CGO_ENABLED := 0
 PLUGIN  := build
 SPANK   := jobhooks/slurm/spank
 
-.PHONY: build plugin demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-mount bench-ztoc bench-inflate sim-trees clean
+.PHONY: build plugin demo test setup lint unit e2e e2e-long race fuzz bench bench-start bench-read bench-mount bench-ztoc bench-inflate sim sim-trees clean
 
 build:
 	$(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/muster
@@ -74,6 +74,10 @@ bench: bench-inflate bench-ztoc bench-read bench-mount bench-start bench-swarm
 bench-start bench-read bench-mount bench-ztoc bench-inflate bench-swarm: bench-%: build
 	tests/setup bench
 	$(GO) run ./tests/bench/$*
+
+# What stages take on up to 16,384 hosts, simulated: a table, build/bench/sim.json, sim.html and sim.svg. Some minutes on one core.
+sim:
+	$(GO) run ./tests/bench/sim
 
 # The tables of docs/trees.md, which the numbers of package planner come from.
 sim-trees:

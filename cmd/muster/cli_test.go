@@ -140,6 +140,32 @@ func newCLI(t *testing.T, uid int, config images.RunConfig) *cli {
 	return c
 }
 
+// registry starts an empty registry that ends with the test.
+func (c *cli) registry() *registry.Proxy {
+	c.t.Helper()
+	h, err := registry.NewHandler(c.t.TempDir(), registry.Options{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	p, err := registry.StartProxy(h)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() { p.Close() })
+	return p
+}
+
+// pushed is a registry that has the cli's image, and its reference there.
+func (c *cli) pushed() (p *registry.Proxy, ref string) {
+	c.t.Helper()
+	p = c.registry()
+	ref = p.Addr + "/app:1"
+	if _, err := registry.Push(c.t.Context(), ref, filepath.Join(c.dir, "image"), ""); err != nil {
+		c.t.Fatal(err)
+	}
+	return p, ref
+}
+
 func (c *cli) store() string { return filepath.Join(c.dir, "store") }
 
 var copyBinary = sync.OnceValues(func() ([]byte, error) { return os.ReadFile("/proc/self/exe") })
@@ -352,19 +378,7 @@ func TestMountAsRootAndUser(t *testing.T) {
 // Errors say what failed, where, why and what to try, with the documented code.
 func TestErrors(t *testing.T) {
 	c := newCLI(t, 0, images.RunConfig{})
-	h, err := registry.NewHandler(t.TempDir(), registry.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := registry.StartProxy(h)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	ref := p.Addr + "/app:1"
-	if _, err := registry.Push(t.Context(), ref, filepath.Join(c.dir, "image"), ""); err != nil {
-		t.Fatal(err)
-	}
+	p, ref := c.pushed()
 	small := filepath.Join(c.dir, "small")
 	if err := os.Mkdir(small, 0o755); err != nil {
 		t.Fatal(err)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"strings"
 
+	"github.com/muster-hpc/muster/chart"
 	"github.com/muster-hpc/muster/costmodel"
 )
 
@@ -15,7 +16,7 @@ func estimatePage(w io.Writer, e *estimation) error {
 	if err := estimateBody.Execute(&body, e); err != nil {
 		return err
 	}
-	return writePage(w, "muster estimate", template.HTML(body.String())) //nolint:gosec // made by a template
+	return chart.Page(w, "muster estimate", template.HTML(body.String())) //nolint:gosec // made by a template
 }
 
 var estimateBody = template.Must(template.New("estimate").Funcs(template.FuncMap{
@@ -23,28 +24,28 @@ var estimateBody = template.Must(template.New("estimate").Funcs(template.FuncMap
 	"amount": amount, "unit": shownUnit, "mega": func(v float64) string { return fmt.Sprintf("%.1f", v/1e6) },
 	"seconds": func(v float64) string { return fmt.Sprintf("%.1f", v) },
 	"times": func(all []costmodel.Outcome) template.HTML {
-		var bars []chartBar
+		var bars []chart.Bar
 		for _, o := range all {
-			bars = append(bars, chartBar{
-				label: o.Label, value: o.Median.Mid, further: o.Slowest.Mid, low: o.Slowest.Low, high: o.Slowest.High,
-				text: took(o.Slowest.Mid), hint: o.Label + ": " + o.How,
+			bars = append(bars, chart.Bar{
+				Label: o.Label, Value: o.Median.Mid, Further: o.Slowest.Mid, Low: o.Slowest.Low, High: o.Slowest.High,
+				Text: took(o.Slowest.Mid), Hint: o.Label + ": " + o.How,
 			})
 		}
-		return barChart(bars, 0.1, took)
+		return chart.Bars(bars, 0.1, took)
 	},
 	"costs": func(all []costmodel.Outcome) template.HTML {
-		var bars []chartBar
+		var bars []chart.Bar
 		for _, o := range all {
-			bars = append(bars, chartBar{label: o.Label, value: o.Cost.Mid, low: o.Cost.Low, high: o.Cost.High, text: dollars(o.Cost.Mid), hint: fmt.Sprintf("%s: %s node-hours", o.Label, figure(o.NodeHours.Mid))})
+			bars = append(bars, chart.Bar{Label: o.Label, Value: o.Cost.Mid, Low: o.Cost.Low, High: o.Cost.High, Text: dollars(o.Cost.Mid), Hint: fmt.Sprintf("%s: %s node-hours", o.Label, figure(o.NodeHours.Mid))})
 		}
-		return barChart(bars, 0.01, dollars)
+		return chart.Bars(bars, 0.01, dollars)
 	},
 	"egress": func(all []costmodel.Outcome) template.HTML {
-		var bars []chartBar
+		var bars []chart.Bar
 		for _, o := range all {
-			bars = append(bars, chartBar{label: o.Label, value: o.Egress.Mid, low: o.Egress.Low, high: o.Egress.High, text: carried(o.Egress.Mid), hint: dollars(o.EgressCost.Mid)})
+			bars = append(bars, chart.Bar{Label: o.Label, Value: o.Egress.Mid, Low: o.Egress.Low, High: o.Egress.High, Text: carried(o.Egress.Mid), Hint: dollars(o.EgressCost.Mid)})
 		}
-		return barChart(bars, 1e6, carried)
+		return chart.Bars(bars, 1e6, carried)
 	},
 }).Parse(`<h1>What it costs to start</h1>
 <p class="note">{{.Hosts}} hosts, {{len .Images}} pulls one after another; hosts keep the layers they have. Fitted parameters: {{.Model}}.</p>

@@ -90,19 +90,7 @@ func TestEstimateTalk(t *testing.T) {
 // images share are counted once.
 func TestEstimateImages(t *testing.T) {
 	c := newCLI(t, 0, images.RunConfig{})
-	h, err := registry.NewHandler(t.TempDir(), registry.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := registry.StartProxy(h)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	ref := p.Addr + "/app:1"
-	if _, err := registry.Push(t.Context(), ref, filepath.Join(c.dir, "image"), ""); err != nil {
-		t.Fatal(err)
-	}
+	p, ref := c.pushed()
 	p.ResetLog()
 	page := filepath.Join(t.TempDir(), "page.html")
 	out := c.ok("estimate", "--hosts", "64", "--price", "3.6", "--json", "--html", page, ref, c.image, "12MB")

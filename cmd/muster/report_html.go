@@ -5,11 +5,11 @@ import (
 	"html"
 	"html/template"
 	"io"
-	"math"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/muster-hpc/muster/chart"
 	"github.com/muster-hpc/muster/costmodel"
 	"github.com/muster-hpc/muster/report"
 )
@@ -20,7 +20,7 @@ func reportPage(w io.Writer, all []*report.Report) error {
 	if err := reportBody.Execute(&body, all); err != nil {
 		return err
 	}
-	return writePage(w, "muster report", template.HTML(body.String())) //nolint:gosec // made by a template
+	return chart.Page(w, "muster report", template.HTML(body.String())) //nolint:gosec // made by a template
 }
 
 var reportBody = template.Must(template.New("report").Funcs(template.FuncMap{
@@ -169,7 +169,7 @@ func timeline(r *report.Report) template.HTML {
 		at += 40 + 8*len(p.what)
 	}
 	fmt.Fprintf(&s, `<circle cx="%d" cy="10" r="4" class="bar"/><text x="%d" y="15">first exec</text>`, at+6, at+17)
-	step := niceStep(end / 8)
+	step := chart.Step(end / 8)
 	for t := 0.0; t <= end*1.0001; t += step {
 		fmt.Fprintf(&s, `<line class="grid" x1="%.1f" x2="%.1f" y1="%d" y2="%d"/><text class="soft" x="%.1f" y="%d" text-anchor="middle">%.4g s</text>`, x(t), x(t), top-6, height-8, x(t), top-10, t)
 	}
@@ -211,15 +211,4 @@ func timeline(r *report.Report) template.HTML {
 	}
 	fmt.Fprintf(&s, `<line class="whisker" x1="%.1f" x2="%.1f" y1="%d" y2="%d"><title>all ready as asked: %.2f s</title></line></svg>`, x(r.Makespan), x(r.Makespan), top-6, height-8, r.Makespan)
 	return template.HTML(s.String()) //nolint:gosec // every text in it is escaped above
-}
-
-// niceStep is 1, 2 or 5 times a power of ten, at least v.
-func niceStep(v float64) float64 {
-	p := math.Pow(10, math.Floor(math.Log10(v)))
-	for _, f := range []float64{1, 2, 5} {
-		if f*p >= v {
-			return f * p
-		}
-	}
-	return 10 * p
 }

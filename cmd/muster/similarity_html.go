@@ -8,6 +8,7 @@ import (
 	"math"
 	"strings"
 
+	"github.com/muster-hpc/muster/chart"
 	"github.com/muster-hpc/muster/costmodel"
 )
 
@@ -17,7 +18,7 @@ func similarityPage(w io.Writer, all []similarity) error {
 	if err := similarityBody.Execute(&body, all); err != nil {
 		return err
 	}
-	return writePage(w, "muster similarity", template.HTML(body.String())) //nolint:gosec // made by a template
+	return chart.Page(w, "muster similarity", template.HTML(body.String())) //nolint:gosec // made by a template
 }
 
 var similarityBody = template.Must(template.New("similarity").Funcs(template.FuncMap{

@@ -31,7 +31,7 @@ func TestPage(t *testing.T) {
 // TestConservation: hosts have everything in the end, all copies were sent by somebody, no faster than links allow.
 func TestConservation(t *testing.T) {
 	for _, n := range []int{1, 2, 5, 12} {
-		p, err := planner.New(cluster(n, 0, planner.Params{}, 3_000_000, 0, 5, 7_000_000))
+		p, err := planner.New(Spec(n, 0, planner.Params{}, true, 3_000_000, 0, 5, 7_000_000))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -58,7 +58,7 @@ func TestConservation(t *testing.T) {
 func TestFormula(t *testing.T) {
 	for _, n := range []int{2, 8, 16} {
 		for _, ratio := range []float64{0.5, 1, 4} {
-			p, err := planner.New(cluster(n, 0, planner.Params{}, layers...))
+			p, err := planner.New(Spec(n, 0, planner.Params{}, true, Image...))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -75,7 +75,7 @@ func TestFormula(t *testing.T) {
 // TestPieceTrees holds the arithmetic of trees per piece against trees per piece.
 func TestPieceTrees(t *testing.T) {
 	want := PieceTrees(64, 458, planner.DefaultFanout, 8)
-	p, err := planner.New(cluster(64, 0, planner.Params{}, layers...))
+	p, err := planner.New(Spec(64, 0, planner.Params{}, true, Image...))
 	if err != nil {
 		t.Fatal(err)
 	}

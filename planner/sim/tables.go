@@ -12,14 +12,15 @@ import (
 	"github.com/muster-hpc/muster/ztoc"
 )
 
-// The image that the tables are made for: 120 MB in layers as a Python image has them.
-var layers = []int64{28_000_000, 3_500_000, 12_500_000, 72_000_000, 4_000_000}
+// Image is what tables are made for: 120 MB in layers as a Python image has them.
+var Image = []int64{28_000_000, 3_500_000, 12_500_000, 72_000_000, 4_000_000}
 
 // rack is how many hosts share a leaf switch in the tables.
 const rack = 32
 
-// cluster is a spec of n like hosts that may all reach the origin.
-func cluster(n, group int, p planner.Params, blobs ...int64) *planner.JobSpec {
+// Spec is a job of n like hosts that may all reach the origin, and of layers. Groups are of so many hosts, 0: not known. tables tells that layers have
+// theirs already, so that nobody has to build any.
+func Spec(n, group int, p planner.Params, tables bool, blobs ...int64) *planner.JobSpec {
 	s := &planner.JobSpec{Planner: planner.Version, Job: "tables", Manifest: ztoc.DigestOf(nil), Params: p}
 	for i := range n {
 		h := planner.Host{Name: fmt.Sprint("node", i), Addr: "node:7464", Seed: true}
@@ -29,7 +30,11 @@ func cluster(n, group int, p planner.Params, blobs ...int64) *planner.JobSpec {
 		s.Hosts = append(s.Hosts, h)
 	}
 	for i, size := range blobs {
-		s.Blobs = append(s.Blobs, planner.Blob{BlobRef: ztoc.BlobRef{Digest: ztoc.DigestOf([]byte{byte(i)}), Size: size}})
+		b := planner.Blob{BlobRef: ztoc.BlobRef{Digest: ztoc.DigestOf([]byte{byte(i)}), Size: size}}
+		if tables {
+			b.Ztoc = ztoc.DigestOf([]byte{byte(i), 1})
+		}
+		s.Blobs = append(s.Blobs, b)
 	}
 	return s
 }
@@ -65,13 +70,13 @@ func shapes(w io.Writer) error {
 			}
 			if c.trees == 0 {
 				pieces := 0
-				for _, l := range layers {
+				for _, l := range Image {
 					pieces += int((l + ztoc.PieceSize - 1) / ztoc.PieceSize)
 				}
 				row(n, "per piece", c.fanout, "no", PieceTrees(n, pieces, c.fanout, rack))
 				continue
 			}
-			p, err := planner.New(cluster(n, c.group, planner.Params{Trees: c.trees, Seeds: c.seeds, Fanout: c.fanout}, layers...))
+			p, err := planner.New(Spec(n, c.group, planner.Params{Trees: c.trees, Seeds: c.seeds, Fanout: c.fanout}, true, Image...))
 			if err != nil {
 				return err
 			}
@@ -100,8 +105,8 @@ func times(w io.Writer) error {
 		blobs  []int64
 		wide   bool // for 32 hosts too
 	}
-	large := make([]int64, len(layers))
-	for i, l := range layers {
+	large := make([]int64, len(Image))
+	for i, l := range Image {
 		large[i] = 4 * l
 	}
 	sets := []set{
@@ -133,11 +138,11 @@ func times(w io.Writer) error {
 				fmt.Fprint(tw, "\t")
 				continue
 			}
-			blobs := layers
+			blobs := Image
 			if c.blobs != nil {
 				blobs = c.blobs
 			}
-			spec := cluster(n, 0, c.params, blobs...)
+			spec := Spec(n, 0, c.params, true, blobs...)
 			if c.seeds > 0 {
 				for i := range spec.Hosts {
 					spec.Hosts[i].Seed = i < c.seeds

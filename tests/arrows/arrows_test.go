@@ -43,6 +43,7 @@ var allowed = map[string]struct {
 	"jobhooks/slurm":    {[]string{"jobhooks", "jobhooks/hostlist", "agent/control"}, "one scheduler's language, as pure functions: files and processes are the command's business"},
 	"jobhooks/hostlist": {nil, "a list of hosts is text: who reads one needs nothing else"},
 	"costmodel":         {nil, "arithmetic over numbers that others bring: planner and cmd ask it, it asks nobody"},
+	"chart":             {nil, "pages and charts know what is drawn, not what it means"},
 	"report":            {[]string{"agent/control", "costmodel", "ztoc"}, "a report is arithmetic over what agents remember; fetching that and drawing it is others' business"},
 	"agent": {
 		[]string{
@@ -59,7 +60,7 @@ var allowed = map[string]struct {
 		[]string{
 			"agent/origin", "agent/store", "agent/fetch", "agent/image", "agent/runtime",
 			"agent", "agent/control", "peer", "planner", "jobhooks", "jobhooks/hostlist", "jobhooks/slurm", "configs",
-			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "costmodel", "report", "tests/registry",
+			"lazyfs", "lazyfs/tree", "lazyfs/mountd", "ztoc", "costmodel", "report", "chart", "tests/registry",
 		},
 		"the command puts packages together; the demo alone uses the test registry",
 	},

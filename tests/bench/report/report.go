@@ -85,6 +85,15 @@ func Write(w io.Writer, name string, rows []Row) (missed int, err error) {
 	return missed, os.WriteFile(filepath.Join(dir, name+".json"), append(b, '\n'), 0o644)
 }
 
+// Read gives the rows that Write has kept under a name.
+func Read(name string) (rows []Row, err error) {
+	b, err := os.ReadFile(filepath.Join("build", "bench", name+".json"))
+	if err != nil {
+		return nil, err
+	}
+	return rows, json.Unmarshal(b, &rows)
+}
+
 // round keeps five significant digits: more would promise a precision that was not measured.
 func round(v float64) float64 {
 	if v == 0 || math.IsNaN(v) || math.IsInf(v, 0) {
