@@ -17,6 +17,8 @@ import (
 // Media types that muster decides on.
 const (
 	MediaTypeManifest   = string(types.OCIManifestSchema1)
+	MediaTypeConfig     = string(types.OCIConfigJSON)
+	MediaTypeLayerGzip  = string(types.OCILayer)
 	MediaTypeIndex      = string(types.OCIImageIndex)
 	MediaTypeDocker     = string(types.DockerManifestSchema2)
 	MediaTypeDockerList = string(types.DockerManifestList)

@@ -111,6 +111,7 @@ Settings come from flags, MUSTER_… variables and /etc/muster/agent.yaml, in th
 		a.cacheCommand(),
 		a.preflightCommand(),
 		a.reportCommand(),
+		a.studyCommand(),
 		a.estimateCommand(),
 		a.similarityCommand(),
 		a.demoCommand(),
