@@ -49,38 +49,43 @@ type localFile struct{ slowFile }
 
 func (localFile) Local(ztoc.BlobRef, ztoc.Range) bool { return true }
 
+// graduate reads files of the picture through a mount until each has a copy in o.Copies, and gives the copies' names.
+func graduate(t *testing.T, o order, files ...string) (names []string) {
+	t.Helper()
+	o.Soon, o.Delay = true, 0
+	m, err := start(t, o, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		hash(t, filepath.Join(m.Dir, f))
+	}
+	for end := time.Now().Add(soon); len(names) < len(files); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d backing files were made, not %d", len(names), len(files))
+		}
+		names, _ = filepath.Glob(filepath.Join(o.Copies, "*[0-9a-f]"))
+	}
+	if busy, err := m.Unmount(t.Context()); busy || err != nil {
+		t.Fatal(busy, err)
+	}
+	return names
+}
+
 // Servers are killed under a file that is passed through, open, mapped and opened again each time, also when its copy is evicted and
 // another made meanwhile: no error, right bytes, and still passed through.
 func TestServerIsKilledUnderPassthrough(t *testing.T) {
 	t.Setenv(lazyfs.CompatVariable, "")
 	dir, sum := picture(t, 12<<20, 0)
 	o := order{Dir: dir, Soon: true, Copies: t.TempDir()}
-	made := func() (names []string) {
-		names, _ = filepath.Glob(filepath.Join(o.Copies, "*[0-9a-f]"))
-		return names
-	}
-	m, err := start(t, o, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if hash(t, filepath.Join(m.Dir, "data")) != sum {
-		t.Error("wrong bytes before")
-	}
-	for end := time.Now().Add(soon); len(made()) == 0; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("no backing file was made")
-		}
-	}
-	if busy, err := m.Unmount(t.Context()); busy || err != nil {
-		t.Fatal(busy, err)
-	}
-	name := made()[0]
+	name := graduate(t, o, "data")[0]
 	content, err := os.ReadFile(name)
 	if err != nil || sha256.Sum256(content) != sum {
 		t.Fatalf("the copy is wrong: %d bytes, %v", len(content), err)
 	}
 
-	if m, err = start(t, o, nil); err != nil {
+	m, err := start(t, o, nil)
+	if err != nil {
 		t.Fatal(err)
 	}
 	data := filepath.Join(m.Dir, "data")

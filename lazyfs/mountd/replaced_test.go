@@ -206,9 +206,13 @@ func kills() int {
 // wound hurts the mount on dir n times at random moments under load, each time followed by a request that says how long
 // it took until the mount answered again.
 func wound(t *testing.T, n int, what string, hurt func(dir string)) {
-	for _, compat := range []string{"", string(lazyfs.Compat514)} {
-		t.Run("compat="+compat, func(t *testing.T) {
-			t.Setenv(lazyfs.CompatVariable, compat)
+	for _, mode := range []struct {
+		name    string
+		compat  lazyfs.Compat
+		through bool // what is large is passed through to copies, which are evicted on the way
+	}{{"now", "", false}, {"5.14", lazyfs.Compat514, false}, {"passthrough", "", true}} {
+		t.Run(mode.name, func(t *testing.T) {
+			t.Setenv(lazyfs.CompatVariable, string(mode.compat))
 			self, err := os.Executable()
 			if err != nil {
 				t.Fatal(err)
@@ -218,7 +222,16 @@ func wound(t *testing.T, n int, what string, hurt func(dir string)) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			m, err := start(t, order{Dir: dir, Delay: time.Millisecond}, nil)
+			o, n := order{Dir: dir, Delay: time.Millisecond}, n
+			var copies []string
+			if mode.through {
+				o.Copies = t.TempDir()
+				copies = graduate(t, o, "data")
+				if os.Getenv("MUSTER_LONG") == "" {
+					n /= 2
+				}
+			}
+			m, err := start(t, o, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -227,7 +240,14 @@ func wound(t *testing.T, n int, what string, hurt func(dir string)) {
 			})
 			random := rand.New(rand.NewPCG(3, uint64(n)))
 			var pauses []time.Duration
-			for range n {
+			for i := range n {
+				if i == n/2 {
+					for _, c := range copies {
+						if err := os.Remove(c); err != nil {
+							t.Error(err)
+						}
+					}
+				}
 				time.Sleep(time.Duration(100+random.IntN(300)) * time.Millisecond)
 				began := time.Now()
 				hurt(m.Dir)
