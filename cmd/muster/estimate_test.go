@@ -284,10 +284,7 @@ func TestEstimateRefuses(t *testing.T) {
 		"layers of no size": {[]string{"similarity", "--layers", file("j.csv", "image,digest,bytes\na,b,0\n")}, "line 2"},
 		"no such job":       {[]string{"similarity", "--jobs", "1,3", "1MB", "2MB"}, "1 to 2"},
 	} {
-		out, errs, code := inProcess(t, c.args...)
-		if code != exitUsage || !strings.Contains(errs, c.says) || strings.Count(errs, "\n") != 1 || out != "" {
-			t.Errorf("%s: code %d, %q %q; want code 2 and one line that says %q", name, code, out, errs, c.says)
-		}
+		t.Run(name, func(t *testing.T) { oneLineError(t, c.says, c.args...) })
 	}
 	if _, err := os.Stat(model + "2"); err == nil {
 		t.Error("a fit that failed left a model")

@@ -55,10 +55,10 @@ writes them to one file, which 'muster estimate fit' and 'evaluate' take.
 
 func (a *app) report(ctx context.Context, jobs []string, f *reportFlags) error {
 	if len(jobs) == 0 && (f.html != "" || f.csv != "") {
-		return usagef("no job: 'muster report' lists the jobs that this host remembers")
+		return badScenario("no job: 'muster report' lists the jobs that this host remembers")
 	}
 	if f.earlier < 0 || f.earlier > 50 {
-		return usagef("--earlier is %d; accepted are 0 to 50", f.earlier)
+		return badScenario("--earlier is %d; accepted are 0 to 50", f.earlier)
 	}
 	var price float64
 	if f.money.given() { // without one, no money is told of
@@ -66,7 +66,9 @@ func (a *app) report(ctx context.Context, jobs []string, f *reportFlags) error {
 		if err != nil {
 			return err
 		}
-		price = p.Mid
+		if price = p.Mid; price <= 0 {
+			return badScenario("--price is %s; accepted is more than 0 dollars per hour and host", f.money.price)
+		}
 	}
 	hosts, err := expandHosts(f.hosts)
 	if err != nil {
@@ -104,6 +106,9 @@ func (a *app) report(ctx context.Context, jobs []string, f *reportFlags) error {
 		var events []costmodel.Event
 		for _, r := range all {
 			events = append(events, report.Events(r, f.site)...)
+		}
+		if len(events) == 0 {
+			return badScenario("no host of %s got ready: there is nothing to write to %s", strings.Join(jobs, ", "), f.csv)
 		}
 		if err := writeFile(f.csv, func(w io.Writer) error { return costmodel.WriteEvents(w, events) }); err != nil {
 			return err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -75,6 +76,24 @@ func TestReportPage(t *testing.T) {
 				t.Errorf("%d hosts: %s, which was slow, is not named", n, s.Host)
 			}
 		}
+	}
+}
+
+// Wrong flags are told of in one line, before any agent is asked.
+func TestReportErrors(t *testing.T) {
+	none := filepath.Join(t.TempDir(), "none")
+	for want, args := range map[string][]string{
+		"instance type": {"job", "--instance", "abacus"},
+		"one is enough": {"job", "--instance", "hpc6a.48xlarge", "--price", "1"},
+		"--price":       {"job", "--price", "cheap"},
+		"more than 0":   {"job", "--price", "0"},
+		"0 to 50":       {"job", "--earlier", "51"},
+		"no job":        {"--csv", "x"},
+	} {
+		oneLineError(t, want, append([]string{"report", "--agent-socket", none}, args...)...)
+	}
+	if _, errs, code := inProcess(t, "report", "job", "--agent-socket", none); code != exitNoAgent {
+		t.Errorf("without an agent: code %d, %s", code, errs)
 	}
 }
 
