@@ -141,6 +141,52 @@ func TestResolverIsGone(t *testing.T) {
 	}
 }
 
+// The host that should build a layer's table gets no bytes, because tasks run there. The others do not wait for it.
+func TestIndexerIsLate(t *testing.T) {
+	w := newWorld(t, 8<<20, 2<<20)
+	nodes := w.swarm(4, nil)
+	bad := planner.Rendezvous("indexer\x00"+agent.OrderID("late", w.image), []string{"n0", "n1", "n2", "n3"}, 1)[0]
+	var good []*node
+	tasks := func(bool) {}
+	for _, n := range nodes {
+		if n.name != bad {
+			good = append(good, n)
+			continue
+		}
+		tasks = func(running bool) {
+			if err := n.client.Tasks(t.Context(), control.TasksRequest{Job: "other", Running: running}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	tasks(true)
+	done := make(chan *control.Report, 1)
+	go func() {
+		r, err := good[0].client.Stage(t.Context(), control.StageRequest{Image: w.image, Job: "late", Hosts: hosts(4), Ready: control.Complete, UID: -1, NoMount: true}, nil)
+		if err != nil {
+			t.Error(err)
+		}
+		done <- r
+	}()
+	for _, n := range good {
+		for {
+			s, err := n.client.Status(t.Context(), control.StatusRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(s.Jobs) == 1 && s.Jobs[0].State.Done() {
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		w.verify(n)
+	}
+	tasks(false)
+	if r := <-done; r == nil || r.Failed > 0 {
+		t.Errorf("%+v", r)
+	}
+}
+
 // A mount says that bytes are wrong. Nobody is blamed who has right ones: neither when the mount errs, nor when this host's disk does.
 func TestBlame(t *testing.T) {
 	w := newWorld(t, 6<<20)

@@ -76,9 +76,21 @@ func (j *job) table(ctx context.Context, n int, l origin.Descriptor) error {
 		if i == j.me {
 			return j.build(ctx, n, l)
 		}
-		err := j.askTable(ctx, i, n, l)
+		asking, stop := context.WithCancelCause(ctx)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			j.watchIndexer(asking, stop, i, n)
+		}()
+		err := j.askTable(asking, i, n, l)
+		late := context.Cause(asking)
+		stop(nil)
+		<-done
 		if err == nil || ctx.Err() != nil {
 			return err
+		}
+		if errors.Is(late, errIndexerLate) {
+			err = late
 		}
 		errs = append(errs, err)
 		j.a.log.Warn("an indexer is passed over", "job", j.id, "layer", l.Digest, "host", j.spec.Hosts[i].Name, "cause", err)
@@ -86,6 +98,39 @@ func (j *job) table(ctx context.Context, n int, l origin.Descriptor) error {
 	j.a.log.Warn("building a table that others should have built", "job", j.id, "layer", l.Digest, "cause", errors.Join(errs...))
 	return j.build(ctx, n, l)
 }
+
+// errIndexerLate says that a host is not waited for any more to build a table.
+var errIndexerLate = errors.New("it is late with the table")
+
+// watchIndexer ends a question for a table when the host that builds it is passed over, or should have built it long ago: it inflates what it gets
+// as it comes, so it should have the table a little later than this host has the layer.
+func (j *job) watchIndexer(ctx context.Context, stop context.CancelCauseFunc, i, n int) {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	h := j.blobs[n]
+	patience := indexerLate + time.Duration(h.ref.Size)*time.Second/indexerRate
+	var whole time.Time // since when the layer is here
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		if whole.IsZero() && h.has(h.whole()) {
+			whole = time.Now()
+		}
+		if j.isLate(i) || !whole.IsZero() && time.Since(whole) > patience {
+			stop(errIndexerLate)
+			return
+		}
+	}
+}
+
+// An indexer is late indexerLate, and a second for each indexerRate bytes of the layer, after the layer is here.
+const (
+	indexerLate = 3 * time.Second
+	indexerRate = 20 << 20
+)
 
 // indexers is how many hosts are asked for a table before this one builds it itself.
 const indexers = 2

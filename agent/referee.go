@@ -11,21 +11,26 @@ import (
 )
 
 // The referee sends parents off. Those that are gone, silent or below peer's minimum rate end their streams by themselves; what is left are
-// two kinds:
+// three kinds:
 //
 //   - slow: what it sends comes at less than an eighth of the others' pace for a second or so, or at less than a quarter for some seconds. Only the
 //     time is counted in which a piece was under way, so a parent that waits for its own parents, or for the origin, is not slow.
+//   - behind: it has brought less than a fifth of what it was asked for, in proportion to the others, when some seconds have gone. So is a parent
+//     whose own link is slow: what it has it sends on at once, and it has little.
 //   - stuck: it says that it lives and sends nothing, while others send a lot.
 //
 // Too strict, and hosts that are busy for a moment lose their place, and their pieces may leave the origin twice; too lax, and one slow
 // host holds up those behind it. A referee that does not get to look in time sits on a busy host itself: what it has measured then says more about
 // that host than about the parents, and is forgotten.
 const (
-	lookEvery  = 200 * time.Millisecond
-	lookLate   = 2 * lookEvery // between two looks, from which on this host is busy itself
-	stuckAfter = 4 * time.Second
-	stuckTurns = 16               // pieces that others brought meanwhile
-	stuckEver  = 25 * time.Second // and nobody brought anything
+	lookEvery    = 200 * time.Millisecond
+	lookLate     = 2 * lookEvery // between two looks, from which on this host is busy itself
+	behindAfter  = 4 * time.Second
+	behindFactor = 5
+	behindMedian = 16 * ztoc.PieceSize // that the others have brought at least
+	stuckAfter   = 4 * time.Second
+	stuckTurns   = 16               // pieces that others brought meanwhile
+	stuckEver    = 25 * time.Second // and nobody brought anything
 )
 
 // A window is bytes of pieces under way, and the seconds waited for them, of the last looks: those before fade.
@@ -49,6 +54,8 @@ type paces struct {
 	bytes  int64         // of pieces under way, since the stream began; set before each look
 	waited time.Duration // for them; set before each look
 	got    int64         // bytes of the feed; set before each look
+	wanted int64         // bytes that it was asked for; set before each look
+	began  time.Time     // set by the first look
 
 	windows [len(windows)]window
 	lastB   int64 // bytes, waited and got at the last look
@@ -59,7 +66,10 @@ type paces struct {
 }
 
 // A referee judges the feeds of an intake. Used by one goroutine.
-type referee struct{ last time.Time }
+type referee struct {
+	last time.Time
+	late time.Time // when a look last came late
+}
 
 // referee looks at all feeds until the intake ends.
 func (in *intake) referee() error {
@@ -85,7 +95,7 @@ func (in *intake) look(r *referee, now time.Time) {
 	for _, f := range in.feeds {
 		if f.stream != nil {
 			f.paces.bytes, f.paces.waited = f.stream.Pace()
-			f.paces.got = f.got.Load()
+			f.paces.got, f.paces.wanted = f.got.Load(), f.wanted.Load()
 			running, all = append(running, f), append(all, &f.paces)
 		}
 	}
@@ -100,6 +110,9 @@ func (in *intake) look(r *referee, now time.Time) {
 func (r *referee) judge(now time.Time, all int64, feeds []*paces) []string {
 	late := !r.last.IsZero() && now.Sub(r.last) > lookLate
 	r.last = now
+	if late {
+		r.late = now
+	}
 	var known [len(windows)][]float64 // paces of feeds that sent at least half a piece lately
 	for _, p := range feeds {
 		for i := range p.windows {
@@ -115,13 +128,21 @@ func (r *referee) judge(now time.Time, all int64, feeds []*paces) []string {
 			}
 		}
 		p.lastB, p.lastT = p.bytes, p.waited
+		if p.began.IsZero() {
+			p.began = now
+		}
 		if p.got > p.lastGot || p.since.IsZero() {
 			p.lastGot, p.since, p.others = p.got, now, all-p.got
 		}
 	}
 	why := make([]string, len(feeds))
+	part, median := medianPart(feeds)
 	for k, p := range feeds {
 		why[k] = p.stuck(now, all)
+		if why[k] == "" && len(feeds) > 2 && median >= behindMedian && now.Sub(p.began) > behindAfter && now.Sub(r.late) > behindAfter &&
+			p.part() < part/behindFactor {
+			why[k] = fmt.Sprintf("%.0f %% of what it was asked for, when the median of the others was %.0f %%", 100*p.part(), 100*part)
+		}
 		for i := range p.windows {
 			if w := &p.windows[i]; why[k] == "" && len(known[i]) > 1 && w.time >= windows[i].after {
 				slices.Sort(known[i])
@@ -132,6 +153,24 @@ func (r *referee) judge(now time.Time, all int64, feeds []*paces) []string {
 		}
 	}
 	return why
+}
+
+// part is how much of what it was asked for a feed has brought.
+func (p *paces) part() float64 { return float64(p.got) / float64(max(p.wanted, 1)) }
+
+// medianPart is the median of all feeds' parts, and of their bytes.
+func medianPart(feeds []*paces) (part float64, bytes int64) {
+	if len(feeds) == 0 {
+		return 0, 0
+	}
+	var parts []float64
+	var all []int64
+	for _, p := range feeds {
+		parts, all = append(parts, p.part()), append(all, p.got)
+	}
+	slices.Sort(parts)
+	slices.Sort(all)
+	return parts[len(parts)/2], all[len(all)/2]
 }
 
 // stuck says why a feed that brings nothing is to be sent off, or nothing.

@@ -32,6 +32,8 @@ func TestReferee(t *testing.T) {
 		{"a sixth, for a moment", moment(1500 * time.Millisecond), lookEvery, 0, 0},
 		{"a sixth, for long", moment(time.Minute), lookEvery, 4 * time.Second, 12 * time.Second},
 		{"a tenth, seen from a busy host", steady(0.6, 6, 6, 6, 6), 3 * lookEvery, 0, 0},
+		{"brings little", steady(-0.3, 3, 3, 3, 3), lookEvery, 4 * time.Second, 6 * time.Second},
+		{"brings half", steady(-1.5, 3, 3, 3, 3), lookEvery, 0, 0},
 		{"alone", steady(0.1), lookEvery, 0, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -44,6 +46,13 @@ func TestReferee(t *testing.T) {
 			for at := c.look; at < 20*time.Second; at += c.look {
 				var all int64
 				for i, rate := range c.rates(at) {
+					if rate < 0 { // brings little, and what it brings at full pace
+						feeds[i].bytes += int64(-rate * 1e6 * c.look.Seconds())
+						feeds[i].got, feeds[i].wanted = feeds[i].bytes, 40e6
+						feeds[i].waited += time.Duration(-rate / 6 * float64(c.look))
+						continue
+					}
+					feeds[i].wanted = 40e6
 					feeds[i].bytes += int64(rate * 1e6 * c.look.Seconds())
 					feeds[i].got, feeds[i].waited = feeds[i].bytes, feeds[i].waited+c.look
 					all += feeds[i].got

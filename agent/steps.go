@@ -43,6 +43,7 @@ type feed struct {
 	stream *peer.Stream            // nil until open
 	give   context.CancelCauseFunc // ends the feed; the referee's
 	got    atomic.Int64            // bytes
+	wanted atomic.Int64            // bytes that it was asked for
 	paces  paces                   // used by the referee only
 
 	open       int  // wants that are not done; used by the feed's goroutine only
@@ -418,6 +419,9 @@ func (f *feed) ask() error {
 				return err
 			}
 			f.open++
+			for _, r := range ranges[:n] {
+				f.wanted.Add(r.Len())
+			}
 			ranges = ranges[n:]
 		}
 	}

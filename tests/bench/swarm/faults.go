@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/muster-hpc/muster/agent/control"
@@ -34,7 +36,10 @@ func (b *bench) faults(ctx context.Context) error {
 			late bool                                 // its agent does not run yet
 		}{
 			{"none", 0, func() (func() error, error) { return nil, nil }, false},
-			{"slow", 0, func() (func() error, error) { return func() error { return bad.Rate(b.rate) }, bad.Slow(10) }, false},
+			{"slow", 0, func() (func() error, error) {
+				// Its own bytes take longer than anybody wants to watch: the others are done by then.
+				return b.after(time.Duration(4*b.fluid(n)*float64(time.Second)), func() error { return bad.Rate(b.rate) }), bad.Slow(10)
+			}, false},
 			{"late", 0, func() (func() error, error) {
 				return b.after(20*time.Second, func() error { return bad.Start(ctx, lab.StartOptions{}) }), nil
 			}, true},
@@ -51,6 +56,9 @@ func (b *bench) faults(ctx context.Context) error {
 				}), nil
 			}, true},
 		} {
+			if b.which != "" && !slices.Contains(strings.Split(b.which, ","), f.name) {
+				continue
+			}
 			if err := b.fault(ctx, n, f.name, bad, good, f.late, f.bad); err != nil {
 				return fmt.Errorf("fault %s: %w", f.name, err)
 			}

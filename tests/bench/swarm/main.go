@@ -65,12 +65,13 @@ func main() {
 	rounds := flag.Int("rounds", 3, "rounds per row")
 	only := flag.String("only", "", "parts to measure, of "+strings.Join(parts, ",")+"; default all")
 	faults := flag.Int("faults", 8, "number of hosts for the faults")
+	which := flag.String("fault", "", "faults to measure, of none,slow,late,absent,killed,origin gone; default all")
 	muster := flag.String("muster", "build/muster", "binary to measure")
 	add := flag.Bool("add", false, "add to what earlier runs measured (build/bench/swarm-values.json), so that the bench can be done in parts")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	b := &bench{rate: *rate, rounds: *rounds, faultHosts: *faults, values: map[string][]float64{}}
+	b := &bench{rate: *rate, rounds: *rounds, faultHosts: *faults, which: *which, values: map[string][]float64{}}
 	err := b.prepare(ctx, *muster, *sizes, *only)
 	if err == nil && *add {
 		err = b.load()
@@ -102,6 +103,7 @@ type bench struct {
 	judged     []int // sizes that earlier runs measured
 	only       []string
 	faultHosts int
+	which      string // faults to measure; empty: all
 	lab        *lab.Lab
 	size       int64 // of the image's layers, bytes
 	indexSize  int64 // of the tables beside the indexed image that are fetched, bytes
