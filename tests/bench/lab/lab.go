@@ -23,6 +23,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/muster-hpc/muster/ztoc/inflate"
 )
 
 const (
@@ -310,6 +312,16 @@ func tail(b []byte) string {
 type Layer struct {
 	Path string
 	Size int64 // bytes
+}
+
+// Inflate inflates the layer on one core and gives the number of bytes that come out.
+func (l Layer) Inflate() (int64, error) {
+	f, err := os.Open(l.Path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return inflate.NewReader(f, inflate.Options{}).WriteTo(io.Discard)
 }
 
 // Layers are the layers of a layout's only image, the largest first.

@@ -10,7 +10,6 @@ import (
 	"context"
 	"flag"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -20,7 +19,6 @@ import (
 	"github.com/muster-hpc/muster/tests/bench/report"
 	"github.com/muster-hpc/muster/tests/images"
 	"github.com/muster-hpc/muster/ztoc"
-	"github.com/muster-hpc/muster/ztoc/inflate"
 )
 
 const (
@@ -69,7 +67,10 @@ func run(ctx context.Context, name string, rounds int) ([]report.Row, error) {
 		if z, err = timed(&build, func() (*ztoc.Ztoc, error) { return buildTable(layer.Path, ztoc.DefaultSpanSize) }); err != nil {
 			return nil, err
 		}
-		if _, err = timed(&plain, func() (*ztoc.Ztoc, error) { return nil, inflateWhole(layer.Path) }); err != nil {
+		if _, err = timed(&plain, func() (*ztoc.Ztoc, error) {
+			_, err := layer.Inflate()
+			return nil, err
+		}); err != nil {
 			return nil, err
 		}
 	}
@@ -110,16 +111,6 @@ func buildTable(path string, span int64) (*ztoc.Ztoc, error) {
 	defer f.Close()
 	z, _, err := ztoc.Build(f, ztoc.BuildOptions{SpanSize: span})
 	return z, err
-}
-
-func inflateWhole(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_, err = inflate.NewReader(f, inflate.Options{}).WriteTo(io.Discard)
-	return err
 }
 
 // spans inflates spans in random order, hashing included, and holds the cost per byte against whole, that of

@@ -36,7 +36,7 @@ const hold = `mount --make-rprivate / && mount -t proc proc /proc && hostname "$
 echo up; exec 2>/dev/null
 while :; do sleep 3600 & wait; done`
 
-func (l *Lab) newHost(name string, _ int) (*Host, error) {
+func (l *Lab) newHost(name string) (*Host, error) {
 	h := &Host{Name: name, Dir: filepath.Join(l.Dir, name), lab: l, done: make(chan struct{})}
 	if err := os.MkdirAll(h.Dir, 0o755); err != nil {
 		return nil, err

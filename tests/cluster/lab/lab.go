@@ -76,13 +76,13 @@ func New(ctx context.Context, o Options) (_ *Lab, err error) {
 			l.Close()
 		}
 	}()
-	if l.sw, err = l.newHost("switch", 0); err != nil {
+	if l.sw, err = l.newHost("switch"); err != nil {
 		return nil, err
 	}
 	if err := l.sw.ip("link add br0 type bridge", "link set br0 up"); err != nil {
 		return nil, err
 	}
-	if l.reg, err = l.newHost("origin", 0); err != nil {
+	if l.reg, err = l.newHost("origin"); err != nil {
 		return nil, err
 	}
 	if o.OriginRate == 0 {
@@ -92,7 +92,7 @@ func New(ctx context.Context, o Options) (_ *Lab, err error) {
 		return nil, err
 	}
 	for i := range o.Hosts {
-		h, err := l.newHost(fmt.Sprintf("h%d", i), i)
+		h, err := l.newHost(fmt.Sprintf("h%d", i))
 		if err != nil {
 			return nil, err
 		}
@@ -101,11 +101,11 @@ func New(ctx context.Context, o Options) (_ *Lab, err error) {
 			return nil, err
 		}
 	}
-	return l, l.startOrigin(ctx)
+	return l, l.startOrigin()
 }
 
 // startOrigin runs the registry and the proxy.
-func (l *Lab) startOrigin(context.Context) (err error) {
+func (l *Lab) startOrigin() (err error) {
 	dir := l.o.Registry
 	if dir == "" {
 		dir = filepath.Join(l.Dir, "registry")
@@ -206,6 +206,12 @@ func (l *Lab) Names(hosts ...*Host) string {
 // Inside runs f on a thread that is in the host's network: sockets made in it belong there.
 func (h *Host) Inside(f func() error) error {
 	runtime.LockOSThread()
+	away := false
+	defer func() {
+		if !away {
+			runtime.UnlockOSThread()
+		}
+	}()
 	here, err := unix.Open(fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid()), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
@@ -221,9 +227,9 @@ func (h *Host) Inside(f func() error) error {
 	}
 	err = f()
 	if back := unix.Setns(here, unix.CLONE_NEWNET); back != nil {
-		return back // the thread stays locked, and ends with its goroutine
+		away = true // the thread stays locked, and ends with its goroutine
+		return back
 	}
-	runtime.UnlockOSThread()
 	return err
 }
 
