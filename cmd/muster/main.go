@@ -108,6 +108,7 @@ Settings come from flags, MUSTER_… variables and /etc/muster/agent.yaml, in th
 		a.statusCommand(),
 		a.hookCommand(),
 		a.installCommand(),
+		a.doctorCommand(),
 		a.cacheCommand(),
 		a.preflightCommand(),
 		a.reportCommand(),

@@ -198,3 +198,39 @@ func TestScripts(t *testing.T) {
 		t.Error("what a user wrote was executed")
 	}
 }
+
+func TestCheck(t *testing.T) {
+	conf, _ := slurm.Add("", site.Keys())
+	stack := slurm.AddLine("", site.PluginLine())
+	fine := func(string) error { return nil }
+	gone := func(p string) error { return fmt.Errorf("%s is not there", p) }
+	for _, x := range []struct {
+		name, conf, stack string
+		runs, reads       func(string) error
+		want              string // levels, and a word of each text
+	}{
+		{"as installed", conf, stack, fine, fine, ""},
+		{"nothing", "", "", fine, fine, "fail Prolog:|fail Epilog:|fail TaskProlog:|warn PrologSlurmctld:|fail Alloc:|warn PrologEpilogTimeout|fail plugstack.conf"},
+		{"no scripts on this node", conf, stack, gone, fine, "fail /opt/hooks/prolog|fail /opt/hooks/epilog|fail /opt/hooks/task-prolog"},
+		{"no plug-in on this node", conf, stack, fine, gone, "fail spank_muster.so is not there"},
+		{"required", conf, strings.ReplaceAll(stack, "optional", "required"), fine, fine, "warn required"},
+		{"no time", strings.ReplaceAll(conf, "PrologEpilogTimeout=120", "PrologEpilogTimeout=2"), stack, fine, fine, "warn 2 s"},
+		{"a site's own", strings.ReplaceAll(conf, "/opt/hooks/prolog\n", "/etc/slurm/prolog.d/*\n"), stack, fine, fine, ""},
+	} {
+		var want []string
+		if x.want != "" {
+			want = strings.Split(x.want, "|")
+		}
+		got := slurm.Check(x.conf, x.stack, x.runs, x.reads)
+		if len(got) != len(want) {
+			t.Errorf("%s: %+v, want %q", x.name, got, want)
+			continue
+		}
+		for i, w := range want {
+			level, word, _ := strings.Cut(w, " ")
+			if got[i].Level != level || !strings.Contains(got[i].Text, word) || got[i].Remedy == "" {
+				t.Errorf("%s: %+v, want %q", x.name, got[i], w)
+			}
+		}
+	}
+}

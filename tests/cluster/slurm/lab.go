@@ -224,6 +224,14 @@ func (c *Cluster) Install(more ...string) error {
 	return nil
 }
 
+// Muster runs muster on a node, as root.
+func (c *Cluster) Muster(h *lab.Host, args ...string) (string, error) {
+	cmd := h.Command(c.muster, append([]string{"--config", filepath.Join(c.here, "agent.yaml")}, args...)...)
+	cmd.Env = c.env()
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
 // Jobs is hooks.jobs of every host.
 func (c *Cluster) Jobs() string { return filepath.Join(c.here, "jobs") }
 

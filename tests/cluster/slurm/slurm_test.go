@@ -249,6 +249,25 @@ func TestSlurm(t *testing.T) {
 		}
 	})
 
+	run("muster doctor", func() {
+		if out, err := c.Muster(c.Nodes[0], "doctor", ref); err != nil {
+			c.t.Errorf("%v: %s", err, out)
+		} else {
+			c.t.Log(out)
+		}
+		file := filepath.Join(c.Nodes[0].Dir, "spank_muster.so")
+		if err := os.Rename(file, file+".gone"); err != nil {
+			c.t.Fatal(err)
+		}
+		out, err := c.Muster(c.Nodes[0], "doctor", strings.Replace(ref, "debian-python", "no-such-thing", 1))
+		if err == nil || !strings.Contains(out, "the plug-in: stat "+c.Dir) || !strings.Contains(out, "404") || strings.Count(out, "\nfail ") != 2 {
+			c.t.Errorf("%v: %s", err, out)
+		}
+		if err := os.Rename(file+".gone", file); err != nil {
+			c.t.Fatal(err)
+		}
+	})
+
 	run("a batch script", func() {
 		id, out := c.batch("#SBATCH -N4 --image="+ref, `echo "script $SLURM_JOB_ID"; ls -d `+hostOnly+` "$MUSTER_ROOTFS/usr/lib/python3"`,
 			`srun -l sh -c 'ls `+hostOnly+` 2>&1; id -un; echo "$MUSTER_JOB $PATH"; test -w /tmp && touch /new "$HOME/new-$SLURM_PROCID" && echo writable'`,
