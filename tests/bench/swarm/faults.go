@@ -126,11 +126,23 @@ func (b *bench) after(d time.Duration, f func() error) func() error {
 	return func() error { return <-done }
 }
 
-// onceGone does f as soon as one copy of the layers has left the origin.
+// taken is how many bytes of layers the agents that run have from the origin.
+func (b *bench) taken(ctx context.Context) (n int64) {
+	for _, h := range b.lab.Hosts {
+		if h.Running() {
+			if s, err := h.Agent().Status(ctx, control.StatusRequest{}); err == nil {
+				n += s.Bytes.Origin
+			}
+		}
+	}
+	return n
+}
+
+// onceGone does f as soon as one copy of the layers has left the origin, and is here: what is still on the link is lost when that is cut.
 func (b *bench) onceGone(ctx context.Context, f func() error) func() error {
 	done := make(chan error, 1)
 	go func() {
-		for b.lab.Origin.Bytes(blobs()) < b.size {
+		for b.taken(ctx) < b.size {
 			select {
 			case <-ctx.Done():
 				done <- ctx.Err()

@@ -78,6 +78,7 @@ func main() {
 	}
 	if err == nil {
 		err = b.run(ctx)
+		err = errors.Join(err, b.save()) // what was measured counts, however it ended
 	}
 	if b.lab != nil {
 		b.lab.Close()
@@ -282,9 +283,6 @@ func (b *bench) run(ctx context.Context) error {
 		if err := b.faults(ctx); err != nil {
 			return err
 		}
-	}
-	if err := b.save(); err != nil {
-		return err
 	}
 	_, err := report.Write(os.Stdout, "swarm", b.rows())
 	for _, n := range b.notes {
