@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -66,6 +67,10 @@ func (a *Agent) orderOf(ctx context.Context, c control.Caller, q control.StageRe
 		return o, err
 	}
 	o.Image = ref.String()
+	if ref.Layout != "" && int(o.UID) != os.Geteuid() {
+		// The agent's rights are not the user's: it would read, and show him, what he may not.
+		return o, fmt.Errorf("%w: %s: an agent of uid %d reads no path for uid %d; push the image to a registry, or use 'muster mount'", control.ErrRefused, o.Image, os.Geteuid(), o.UID)
+	}
 	if a.o.Images != nil {
 		if err := a.o.Images(o.Image); err != nil {
 			return o, fmt.Errorf("%w: %w", control.ErrRefused, err)

@@ -353,6 +353,10 @@ func TestRefused(t *testing.T) {
 	if !errors.As(err, &said) || said.Code != 2 {
 		t.Errorf("a stage elsewhere: %v", err)
 	}
+	// An agent that is root reads no path for others.
+	if _, err := nodes[0].client.Stage(t.Context(), control.StageRequest{Image: "oci:/root/secret:latest", UID: 4711, NoMount: true}, nil); !errors.Is(err, control.ErrRefused) {
+		t.Errorf("a layout for a user: %v", err)
+	}
 	r := w.stage(nodes[0], 1, func(q *control.StageRequest) { q.Image = w.proxy.Addr + "/test/none:1" })
 	if r.Failed != 1 {
 		t.Errorf("no such image: %+v", r)
