@@ -233,13 +233,14 @@ func (g *gathering) every() time.Duration {
 	return min(max(stateEvery, time.Duration(len(g.hosts))*3*time.Millisecond), 5*time.Second)
 }
 
-// How long a host may be silent: until it has taken the order, after that, and when only silent hosts are left to wait for. The last one is how
-// much a host that dies costs the others at most; an agent that is being started again has about that time.
+// How long a host may be silent: until it has taken the order, after that, and, when only silent hosts are left to wait for, while nobody listens
+// there. The last one is how much a host that dies costs the others at most; an agent that is being started again has about that time. A host that
+// listens and does not answer may only be stopped for a moment.
 const (
 	hostAbsent  = 30 * time.Second
 	hostSilence = 15 * time.Second
 	lastSilence = 1500 * time.Millisecond
-	answerWait  = 2 * time.Second // of one question; a host that takes longer may be busy, and gets a second one
+	answerWait  = 2 * time.Second // of one question
 )
 
 // over reports whether a host that has been silent for so long is given up. gone says that nobody listens there, as against one who does not answer.
@@ -252,7 +253,7 @@ func (g *gathering) over(i int, silent time.Duration, gone bool) bool {
 			return silent > hostSilence
 		}
 	}
-	return silent > lastSilence && (gone || silent > 2*answerWait)
+	return silent > hostSilence || gone && silent > lastSilence
 }
 
 // beginAt has another host begin, asking again while it cannot be reached.

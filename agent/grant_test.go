@@ -144,6 +144,9 @@ func TestPrivateBytes(t *testing.T) {
 	}
 	w.originBytes(0.05)
 	w.verify(nodes[2])
+	if t.Failed() {
+		t.Logf("%+v", r)
+	}
 }
 
 // What the origin gives to anybody, any host of the cluster may have.

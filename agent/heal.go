@@ -96,7 +96,11 @@ func (j *job) wrongPieces(ctx context.Context, n int) ([]planner.Piece, error) {
 		all = append(all, x)
 	}
 	layer := origin.Descriptor{Digest: j.spec.Blobs[n].Digest, Size: j.spec.Blobs[n].Size}
-	if packed := image.KeptTable(j.a.o.Store, layer); packed != nil {
+	packed := image.KeptTable(j.a.o.Store, layer)
+	if packed == nil {
+		packed = j.tableSomewhere(ctx, layer)
+	}
+	if packed != nil {
 		if bad := j.wrongSpans(n, packed); len(bad) > 0 {
 			return bad, nil
 		}
@@ -124,6 +128,35 @@ func (j *job) wrongPieces(ctx context.Context, n int) ([]planner.Piece, error) {
 	}
 	slices.Sort(bad)
 	return bad, nil
+}
+
+// askedForTables is how many hosts are asked whether they have a table.
+const askedForTables = 8
+
+// tableSomewhere is the table of a layer that another host of the job has, from an earlier time or because it was faster; nil when none tells
+// soon. It need not be true: it only says which pieces to fetch again, and the layer's digest has the last word.
+func (j *job) tableSomewhere(ctx context.Context, l origin.Descriptor) []byte {
+	ctx, cancel := context.WithTimeout(ctx, j.a.o.Ask)
+	defer cancel()
+	others := j.others()
+	others = others[:min(len(others), askedForTables)]
+	found := make(chan []byte, len(others))
+	for _, host := range others {
+		go func() {
+			var packed []byte
+			a, err := peer.Ask(ctx, j.a.client, host, tableQuestion, peer.ZtocAsk{Layer: l.Digest, Plan: j.plan.ID().String(), Grant: j.shown})
+			if err == nil && a.Ref.Digest != "" {
+				packed, _ = j.a.client.Blob(ctx, host, j.hello(ztoc.Prefetch), a.Ref, maxTable)
+			}
+			found <- packed
+		}()
+	}
+	for range others {
+		if packed := <-found; packed != nil {
+			return packed
+		}
+	}
+	return nil
 }
 
 // wrongIn are the spans of a layer that r touches and that do not match its table. judged is false when there is no table, or not all of them are

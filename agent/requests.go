@@ -143,7 +143,7 @@ func (j *job) demand(ctx context.Context, n int, p []byte, off int64) error {
 	return j.chain.ReadAt(ctx, j.spec.Blobs[n].BlobRef, p, off, ztoc.Demand)
 }
 
-// bringQuestion asks the root of a tree to fetch bytes now, before their turn.
+// bringQuestion asks the root of a tree to fetch bytes now, before their turn, or any seed, when the asker cannot.
 var bringQuestion = peer.Question[bringAsk, struct{}]{Name: "Bring"}
 
 type bringAsk struct {
@@ -166,6 +166,9 @@ func (a *Agent) answerBring(ctx context.Context, from string, q bringAsk) (struc
 	}
 	if q.Range.Start < 0 || q.Range.End > b.Size || q.Range.Empty() || q.Range.Len() > maxBring || b.Kind != planner.Layer {
 		return struct{}{}, fmt.Errorf("%w: %v of blob %d", peer.ErrProtocol, q.Range, q.Blob)
+	}
+	if j.originGone.Load() && j.substitute(q.Blob, q.Range) {
+		return struct{}{}, peer.ErrNotHere // two who cannot would ask each other
 	}
 	return struct{}{}, j.chain.Ensure(ctx, b.BlobRef, q.Range, ztoc.Demand)
 }

@@ -30,7 +30,14 @@ func (a *Agent) Open(ctx context.Context, from peer.Asker, d ztoc.Digest) (peer.
 	if h == nil {
 		return nil, peer.ErrNotHere
 	}
-	if err := a.mayTake(ctx, from, j, d); err != nil {
+	err := a.mayTake(ctx, from, j, d)
+	if err != nil && j == nil && from.Plan != "" {
+		// The job that says who may have it may be on its way here, whoever asks.
+		if j = a.awaitPlan(ctx, from.Plan); j != nil && j.plan.Host(from.Name) >= 0 {
+			err = a.mayTake(ctx, from, j, d)
+		}
+	}
+	if err != nil {
 		h.close()
 		return nil, err
 	}

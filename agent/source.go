@@ -198,7 +198,42 @@ func (h *hostsReader) fill() error {
 			errs = err
 		}
 	}
+	if host, ok := h.j.fetchedBy(h.ctx, h.d, ztoc.Range{Start: h.r.Start, End: h.r.Start + n}); ok {
+		ctx, cancel := context.WithTimeout(h.ctx, h.j.a.o.Ask)
+		defer cancel()
+		if err := h.j.a.client.Read(ctx, host, h.j.hello(ztoc.Demand), h.d, p, h.r.Start); err == nil {
+			h.j.peerRequests.Add(1)
+			h.take(p)
+			return nil
+		}
+	}
 	return fmt.Errorf("%s [%d, +%d) at none of %d hosts: %w", h.d, h.r.Start, len(p), len(h.hosts), errs)
+}
+
+// bringers is how many seeds are asked to fetch what this host cannot.
+const bringers = 3
+
+// fetchedBy has another seed fetch bytes that this host cannot get, and says which: the origin may only have closed itself to this one, which has
+// been started again and has the user's credentials no more.
+func (j *job) fetchedBy(ctx context.Context, d ztoc.Digest, r ztoc.Range) (peer.Host, bool) {
+	n := j.number(d)
+	if n < 0 || j.spec.Blobs[n].Kind != planner.Layer || !j.originGone.Load() {
+		return peer.Host{}, false
+	}
+	asked := 0
+	for _, i := range j.plan.Seeds() {
+		if i == j.me || j.isLate(i) || asked == bringers {
+			continue
+		}
+		asked++
+		ask, cancel := context.WithTimeout(ctx, j.a.o.Ask)
+		_, err := peer.Ask(ask, j.a.client, j.hostAt(i), bringQuestion, bringAsk{Plan: j.plan.ID().String(), Blob: n, Range: r})
+		cancel()
+		if err == nil {
+			return j.hostAt(i), true
+		}
+	}
+	return peer.Host{}, false
 }
 
 // take has p be read next.
